@@ -1,0 +1,45 @@
+# Two commands that need no set-up:  make demo   make test
+# Each makes its own virtual environment, with the versions of constraints.txt.
+
+PYTHON ?= python3
+PIP_INSTALL = -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+SOURCES := $(shell find src -type f -name '*.py' -o -type f -name '*.html')
+
+.PHONY: demo test test-fast lint format clean
+
+demo: .venv-demo/installed  ## forecast the weight decay of a network on real data, and write the page
+	.venv-demo/bin/decaycast find --data digits --budget 3000 --verify
+
+test: .venv-test/installed  ## the whole suite
+	.venv-test/bin/python -m pytest -q
+
+test-fast: .venv-test/installed  ## without the tests marked slow
+	.venv-test/bin/python -m pytest -q -m "not slow"
+
+lint: .venv-test/linters  ## style and types
+	.venv-test/bin/ruff check src tests bench
+	.venv-test/bin/ruff format --check src tests bench
+	.venv-test/bin/pyright
+
+format: .venv-test/linters
+	.venv-test/bin/ruff check --fix src tests bench
+	.venv-test/bin/ruff format src tests bench
+
+clean:
+	rm -rf .venv-demo .venv-test dist
+
+# one pip command with the constraint sees torch's pinned version first, so that a CPU build of it is taken where there is one
+
+.venv-demo/installed: pyproject.toml constraints.txt $(SOURCES)
+	test -x .venv-demo/bin/python || $(PYTHON) -m venv .venv-demo
+	.venv-demo/bin/python $(PIP_INSTALL) '.[lab]'
+	touch $@
+
+.venv-test/installed: pyproject.toml constraints.txt
+	test -x .venv-test/bin/python || $(PYTHON) -m venv .venv-test
+	.venv-test/bin/python $(PIP_INSTALL) --editable '.[test]'
+	touch $@
+
+.venv-test/linters: .venv-test/installed
+	.venv-test/bin/python $(PIP_INSTALL) --editable '.[dev]'
+	touch $@

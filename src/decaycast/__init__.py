@@ -1,0 +1,32 @@
+"""Regularisation that tunes itself, for PyTorch: forecast the weight decay of a long training from a short one.
+
+    import decaycast as dc
+
+    dc.efolds(lr=0.1, weight_decay=5e-4, steps=10_000, momentum=0.9)  # 5.0: how often weights shrink by e
+    dc.effective_rate(optimizer)                                      # the same per step, for your optimiser
+    dc.AutoL2(optimizer)                                              # weight decay that lowers itself
+
+Importing this loads torch and numpy, nothing else: the lab, the figures and the command line are for who asks for them.
+"""
+
+from __future__ import annotations
+
+from decaycast.core.schedule import WeightDecayScheduler
+from decaycast.core.timescale import effective_rate, efolds, weight_decay_for
+from decaycast.methods.l2.autol2 import AutoL2, AutoL2Rule
+from decaycast.methods.l2.find import find
+from decaycast.methods.l2.forecast import Forecast, forecast
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AutoL2",
+    "AutoL2Rule",
+    "Forecast",
+    "WeightDecayScheduler",
+    "effective_rate",
+    "efolds",
+    "find",
+    "forecast",
+    "weight_decay_for",
+]

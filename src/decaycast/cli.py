@@ -1,0 +1,283 @@
+"""The command line. Each verb reads its options, calls one function of the lab, and prints what came back."""
+
+from __future__ import annotations
+
+import enum
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.progress import Progress, TextColumn
+    from rich.table import Table
+except ImportError as _error:
+    raise SystemExit(f"the command line needs typer and rich ({_error}): pip install 'decaycast[lab]'") from _error
+
+from decaycast.core.experiment import Run
+from decaycast.core.names import choose
+from decaycast.core.schedule import by_name
+from decaycast.core.timescale import efolds
+from decaycast.lab import data as datasets
+from decaycast.lab.audit import audit as audit_recipe
+from decaycast.lab.audit import parameter_table
+from decaycast.lab.forecasting import Request, Result, find_weight_decay, recipe_config
+from decaycast.lab.store import Store
+from decaycast.lab.trial import OPTIMIZERS, RULES, Trial, make_optimizer, train_run
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help="Regularisation that tunes itself, for PyTorch.")
+out = Console()
+notes = Console(stderr=True)
+
+
+class Metric(enum.StrEnum):
+    """What should be best at the end."""
+
+    loss = "loss"
+    accuracy = "accuracy"
+
+
+DataOption = Annotated[str, typer.Option("--data", help="digits, mnist, fashion_mnist or cifar10")]
+DirOption = Annotated[Path | None, typer.Option("--data-dir", help="folder of the data files (or DECAYCAST_DATA)")]
+SizeOption = Annotated[int | None, typer.Option("--train-size", help="training samples; default: all")]
+ModelOption = Annotated[str, typer.Option("--model", help="mlp-256x3, cnn-16, cnn-bn-16, wrn-10-1, ...")]
+OptimizerOption = Annotated[str, typer.Option("--optimizer", help="sgd or adamw")]
+LrOption = Annotated[float | None, typer.Option("--lr", help="learning rate [sgd: 0.02, adamw: 0.001]")]
+MomentumOption = Annotated[float, typer.Option("--momentum", help="of sgd")]
+ScheduleOption = Annotated[str, typer.Option("--schedule", help="of the learning rate: constant, cosine, linear, step_decay")]
+BudgetOption = Annotated[int, typer.Option("--budget", "--steps", help="optimiser steps of the full training")]
+BatchOption = Annotated[int, typer.Option("--batch-size")]
+SeedOption = Annotated[int, typer.Option("--seed")]
+JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON object and nothing else")]
+OutOption = Annotated[Path, typer.Option("--out", help="folder for the page and the store")]
+
+
+@app.command()
+def find(
+    data: DataOption = "digits",
+    budget: BudgetOption = 3000,
+    model: ModelOption = "mlp-256x3",
+    optimizer: OptimizerOption = "sgd",
+    lr: LrOption = None,
+    momentum: MomentumOption = 0.9,
+    schedule: ScheduleOption = "cosine",
+    batch_size: BatchOption = 64,
+    train_size: SizeOption = None,
+    metric: Annotated[Metric, typer.Option(help="what should be best at the end")] = Metric.loss,
+    max_cost: Annotated[float, typer.Option(help="most full-run equivalents to spend")] = 0.3,
+    verify: Annotated[bool, typer.Option("--verify", help="train a grid around the answer on fresh seeds")] = False,
+    workers: Annotated[int, typer.Option(help="processes for --verify")] = 2,
+    seed: SeedOption = 0,
+    data_dir: DirOption = None,
+    out_dir: OutOption = Path("decaycast-out"),
+    as_json: JsonOption = False,
+) -> None:
+    """Forecast the best weight decay from a few short runs, and write a page about it."""
+    request = Request(
+        config=_config(data, train_size, model, optimizer, lr, momentum, schedule, budget, batch_size),
+        metric=metric.value,
+        max_cost=max_cost,
+        seed=seed,
+        verify=verify,
+        workers=workers,
+        data_dir=None if data_dir is None else str(data_dir),
+        out=out_dir,
+        command=" ".join(["decaycast", *sys.argv[1:]]),
+    )
+    with _progress(as_json) as progress:
+        task = progress.add_task("probing", total=max(1, round(budget * max_cost)), note="")
+
+        def show(weight_decay: float, row: dict[str, float]) -> None:
+            progress.update(task, note=f"lambda {weight_decay:.3g}  {_numbers(row)}")
+            progress.advance(task, 0)
+
+        result = find_weight_decay(request, on_row=show, say=lambda text: progress.update(task, description=text))
+    out.print_json(json.dumps(result.to_dict())) if as_json else _print_result(result)
+
+
+@app.command()
+def train(
+    data: DataOption = "digits",
+    weight_decay: Annotated[float, typer.Option(help="lambda; with --rule autol2 its start")] = 5e-4,
+    rule: Annotated[str, typer.Option(help="of the weight decay: constant, cosine, linear, step_decay, autol2")] = "constant",
+    budget: BudgetOption = 3000,
+    model: ModelOption = "mlp-256x3",
+    optimizer: OptimizerOption = "sgd",
+    lr: LrOption = None,
+    momentum: MomentumOption = 0.9,
+    schedule: ScheduleOption = "cosine",
+    batch_size: BatchOption = 64,
+    train_size: SizeOption = None,
+    seed: SeedOption = 0,
+    data_dir: DirOption = None,
+    store: Annotated[Path | None, typer.Option(help="keep the row in this store")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Train once, with a progress bar of loss, accuracy, lambda and e-folds spent."""
+    choose(rule, RULES, "weight decay rule")
+    config = _config(data, train_size, model, optimizer, lr, momentum, schedule, budget, batch_size)
+    run = Run(config={**config, "weight_decay": _positive("weight decay", weight_decay, zero=True), "rule": rule}, seed=seed)
+    with _progress(as_json) as progress:
+        task = progress.add_task("training", total=budget, note="")
+        row = train_run(
+            run,
+            data_dir=None if data_dir is None else str(data_dir),
+            on_row=lambda r: progress.update(task, completed=int(r["step"]), note=_numbers(r)),
+        )
+    if store is not None:
+        with Store(store) as opened:
+            opened.append(row)
+    numbers = {name: values[-1] for name, values in row.curve.items() if values} | dict(row.final)
+    if as_json:
+        out.print_json(json.dumps({"status": row.status, "reason": row.reason, **_jsonable(numbers)}))
+    else:
+        _print_numbers("trained" if row.status == "done" else f"failed: {row.reason}", numbers)
+    if row.status == "failed":
+        raise typer.Exit(1)
+
+
+@app.command()
+def audit(
+    lr: Annotated[float, typer.Option(help="learning rate (peak)")],
+    weight_decay: Annotated[float, typer.Option(help="lambda, in the optimiser's own convention")],
+    steps: Annotated[int, typer.Option(help="optimiser steps of the run")],
+    optimizer: OptimizerOption = "sgd",
+    momentum: MomentumOption = 0.0,
+    schedule: ScheduleOption = "constant",
+    convention: Annotated[str | None, typer.Option(help="sgd, decoupled, relative, corrected [by the optimiser]")] = None,
+    model: Annotated[str | None, typer.Option(help="also list which parameters of this network decay")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Without training: e-folds, relaxation time and advice for a recipe, and which parameters decay."""
+    choose(optimizer, OPTIMIZERS, "optimizer")
+    shape = by_name(schedule, steps)
+    kind = convention or ("sgd" if optimizer == "sgd" else "decoupled")
+    found = audit_recipe(
+        lr=lambda step: lr * shape(step), weight_decay=weight_decay, steps=steps, momentum=momentum, convention=kind
+    )
+    rows = _decaying(model, optimizer, lr, weight_decay, momentum) if model else []
+    if as_json:
+        out.print_json(json.dumps({**found.to_dict(), "parameters": [vars(row) for row in rows]}))
+        return
+    tau = "infinite" if found.tau is None else f"{found.tau:.3g} of the run"
+    out.print(f"[bold]{found.efolds:.3g} e-folds[/] of decay over {steps} steps; relaxation time {tau}")
+    out.print(found.advice)
+    out.print(f"zero-cost guess: weight decay {found.usual_weight_decay:.3g} would spend 1.3 e-folds; `decaycast find` measures")
+    if rows:
+        table = Table("parameter", "shape", "kind", "weight decay")
+        for row in rows:
+            table.add_row(row.name, "x".join(map(str, row.shape)), row.kind, f"{row.weight_decay:g}")
+        out.print(table)
+
+
+@app.command()
+def data(data_dir: DirOption = None, as_json: JsonOption = False) -> None:
+    """What data sets are there, which are missing, and how to get them."""
+    found = datasets.availability(data_dir)
+    if as_json:
+        out.print_json(json.dumps([vars(item) for item in found]))
+        return
+    table = Table("data set", "status", "where or what to do")
+    for item in found:
+        table.add_row(item.name, item.status, item.where if item.status != "missing" else item.advice)
+    out.print(table)
+
+
+def main() -> None:
+    """Entry point: known errors become one line on stderr and exit code 2, Ctrl-C becomes 130."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        notes.print("interrupted; finished runs are kept, and the same command goes on from them")
+        raise SystemExit(130) from None
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        _fail(error)
+
+
+def _fail(error: Exception) -> NoReturn:
+    notes.print(f"[bold red]error:[/] {type(error).__name__}: ", end="")
+    notes.print(str(error), markup=False, highlight=False)
+    raise SystemExit(2) from None
+
+
+def _config(
+    data: str,
+    train_size: int | None,
+    model: str,
+    optimizer: str,
+    lr: float | None,
+    momentum: float,
+    schedule: str,
+    budget: int,
+    batch_size: int,
+) -> dict[str, Any]:
+    choose(optimizer, OPTIMIZERS, "optimizer")
+    rate = lr if lr is not None else {"sgd": 0.02, "adamw": 1e-3}[optimizer]
+    return recipe_config(
+        data=data,
+        train_size=train_size,
+        model=model,
+        optimizer=optimizer,
+        lr=_positive("learning rate", rate),
+        momentum=momentum if optimizer == "sgd" else 0.0,
+        schedule=schedule,
+        steps=budget,
+        batch_size=batch_size,
+    )
+
+
+def _positive(what: str, value: float, *, zero: bool = False) -> float:
+    if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
+        raise ValueError(f"the {what} must be a finite number {'>= 0' if zero else '> 0'}, got {value}")
+    return value
+
+
+def _decaying(model: str, optimizer: str, lr: float, weight_decay: float, momentum: float) -> list[Any]:
+    from decaycast.lab import models
+
+    network = models.build(model, (3, 32, 32), 10, seed=0)
+    config = {"optimizer": optimizer, "lr": lr, "weight_decay": weight_decay, "momentum": momentum}
+    return parameter_table(network, make_optimizer(config, network.parameters()))
+
+
+def _progress(quiet: bool) -> Progress:
+    columns = (*Progress.get_default_columns(), TextColumn("{task.fields[note]}"))
+    return Progress(*columns, console=notes, transient=True, disable=quiet)
+
+
+def _numbers(row: dict[str, float]) -> str:
+    return (
+        f"loss {row['validation_loss']:.3f}  acc {row['validation_accuracy']:.3f}  wd {row['weight_decay']:.2g}  "
+        f"e-folds {row['efolds']:.2f}"
+    )
+
+
+def _print_numbers(title: str, numbers: dict[str, float]) -> None:
+    table = Table("", "value", title=title)
+    for name, value in numbers.items():
+        table.add_row(name.replace("_", " "), f"{value:.5g}")
+    out.print(table)
+
+
+def _print_result(result: Result) -> None:
+    found = result.forecast
+    low, high = found.interval
+    colour = {"trust": "green", "weak": "yellow", "refuse": "red"}[found.verdict]
+    out.print(f"weight decay [bold]{found.weight_decay:.3g}[/]   90 % interval {low:.2g} to {high:.2g}")
+    out.print(f"verdict      [bold {colour}]{found.verdict}[/]: {found.reason}")
+    out.print(f"e-folds      {found.efolds:.3g} over {found.budget_steps} steps; cost {found.cost:.2f} full runs")
+    if result.verification is not None:
+        check = result.verification
+        out.print(
+            f"verified     regret {check.regret:.4g} +- {check.regret_stderr:.2g} in {check.metric.replace('_', ' ')} against "
+            f"the best of {len(check.weight_decays)} weight decays ({check.seeds} seeds, {check.cost:.0f} full runs)"
+        )
+    out.print("page         ", end="")
+    out.print(str(result.page), markup=False, highlight=False, soft_wrap=True)
+
+
+def _jsonable(numbers: dict[str, float]) -> dict[str, float | None]:
+    return {name: value if math.isfinite(value) else None for name, value in numbers.items()}

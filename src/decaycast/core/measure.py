@@ -1,0 +1,84 @@
+"""What is measured, when, and on which data.
+
+`COLUMNS` is the fixed row of every training curve. Losses are means over samples, accuracies fractions in [0, 1]. Validation
+data only; test data are read once, at the end, by whoever owns them, and decide nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+
+COLUMNS = (
+    "step",  # optimiser steps made when measured
+    "efolds",  # e-folds of decay spent so far (NaN where the optimiser has no fixed rate)
+    "lr",
+    "weight_decay",
+    "train_loss",  # data loss of the last training batch, without penalty
+    "train_accuracy",
+    "validation_loss",
+    "validation_accuracy",
+)
+
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def evaluate(
+    model: torch.nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], loss_fn: Loss
+) -> tuple[float, float]:
+    """Mean loss and accuracy over `batches`, in evaluation mode without gradients; the model's mode is put back.
+
+    Accuracy is NaN where it has no meaning (targets that are not class indices).
+    """
+    was_training = model.training
+    model.eval()
+    loss_sum, correct, count, classes = 0.0, 0.0, 0, True
+    try:
+        with torch.inference_mode():
+            for inputs, target in batches:
+                output = model(inputs)
+                loss_sum += float(loss_fn(output, target)) * len(target)
+                classes = classes and is_classification(output, target)
+                if classes:
+                    correct += float((output.argmax(1) == target).sum())
+                count += len(target)
+    finally:
+        model.train(was_training)
+    if count == 0:
+        raise ValueError("there is nothing to evaluate on: the validation data are empty; give at least one sample")
+    return loss_sum / count, correct / count if classes else math.nan
+
+
+def is_classification(output: torch.Tensor, target: torch.Tensor) -> bool:
+    """Whether `target` holds one class index per row of scores in `output`."""
+    return output.ndim == 2 and target.ndim == 1 and not target.is_floating_point()
+
+
+def check_labels(output: torch.Tensor, target: torch.Tensor) -> None:
+    """Refuse class labels outside [0, number of outputs): on a GPU they would crash far from the cause.
+
+    The convention that negative labels are ignored (``ignore_index=-100``) is left to the loss.
+    """
+    if is_classification(output, target) and len(target):
+        low, high = int(target.min()), int(target.max())
+        if high >= output.shape[1] or (low < 0 and low != -100):
+            raise ValueError(
+                f"labels run from {low} to {high}, but the model has {output.shape[1]} outputs (0 to "
+                f"{output.shape[1] - 1}); check the data set or the last layer"
+            )
+
+
+def measuring_steps(total_steps: int, points: int = 60, *, dense_until: float = 0.25) -> list[int]:
+    """Steps at which to evaluate: half of `points` evenly over the first `dense_until` of the run, half over the rest.
+
+    The beginning is dense because that is where short probes have to decide. The last step is always measured.
+    """
+    if total_steps < 1 or points < 2:
+        raise ValueError(f"need total_steps >= 1 and points >= 2, got {total_steps} and {points}")
+    early = max(1, points // 2)
+    steps = {round(total_steps * dense_until * (i + 1) / early) for i in range(early)}
+    late = points - early
+    steps |= {round(total_steps * (dense_until + (1 - dense_until) * (i + 1) / late)) for i in range(late)}
+    return sorted(step for step in steps | {total_steps} if step >= 1)

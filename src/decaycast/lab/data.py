@@ -1,0 +1,282 @@
+"""Real data sets as tensors: read from files, checked, split.
+
+`digits` comes with scikit-learn. The others are read from a folder (argument or ``DECAYCAST_DATA``) in their published
+layouts, and downloaded through scikit-learn's OpenML client when they are not there and the machine is online. Splits are
+fixed by `split_seed`, never by the training seed: two runs that differ in their seed see the same data.
+"""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+import os
+import zlib
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as functional
+
+from decaycast.core.names import choose
+
+Arrays = tuple[np.ndarray, np.ndarray]
+NAMES = ("digits", "mnist", "fashion_mnist", "cifar10")
+ENVIRONMENT = "DECAYCAST_DATA"
+_IDX_FOLDERS = {"mnist": ("mnist", "MNIST/raw"), "fashion_mnist": ("fashion-mnist", "FashionMNIST/raw")}
+_IDX_FILES = {
+    "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
+    "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
+}
+_CIFAR_FOLDER = "cifar-10-batches-bin"
+_OPENML = {"mnist": "mnist_784", "fashion_mnist": "Fashion-MNIST", "cifar10": "CIFAR_10"}
+
+
+class DataError(ValueError):
+    """A data file is missing, damaged or not what its name says."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """Training, validation and test samples: float32 images of shape (n, channels, height, width), int64 labels (n,).
+
+    Images are standardised by the training part's mean and standard deviation per channel.
+    """
+
+    name: str
+    train: tuple[torch.Tensor, torch.Tensor]
+    validation: tuple[torch.Tensor, torch.Tensor]
+    test: tuple[torch.Tensor, torch.Tensor]
+    classes: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one sample."""
+        return tuple(self.train[0].shape[1:])
+
+
+@lru_cache(maxsize=8)
+def load(
+    name: str,
+    *,
+    train_size: int | None = None,
+    validation_size: int | None = None,
+    test_size: int | None = None,
+    pool: int = 1,
+    split_seed: int = 0,
+    data_dir: str | Path | None = None,
+) -> Split:
+    """Read a data set and split it.
+
+    Args:
+        name: one of `NAMES`.
+        train_size: samples to train on; None leaves what validation does not need.
+        validation_size: samples held out of the training file; None for min(2,000, a fifth of what is left or so).
+        test_size: samples of the test file; None for all.
+        pool: average-pool images by this factor (2 turns 32x32 into 16x16).
+        split_seed: chooses which samples; not the training seed.
+        data_dir: folder of the files; default the environment variable ``DECAYCAST_DATA``.
+
+    Raises:
+        DataError: missing or damaged files, or sizes the data set does not have.
+        ValueError: unknown name.
+    """
+    choose(name, NAMES, "data set")
+    (images, labels), (test_images, test_labels) = _read(name, data_dir)
+    order = np.random.default_rng(split_seed).permutation(len(images))
+    train_size, validation_size = _sizes(name, len(images), train_size, validation_size)
+    chosen, held_out = order[:train_size], order[len(order) - validation_size :]
+    test_count = len(test_images) if test_size is None else min(test_size, len(test_images))
+    train_images = _to_tensor(images[chosen], pool)
+    dims = (0, 2, 3)
+    mean, std = train_images.mean(dims, keepdim=True), train_images.std(dims, keepdim=True).clamp_min(1e-6)
+
+    def part(x: np.ndarray, y: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        return (_to_tensor(x, pool) - mean) / std, torch.from_numpy(y.astype(np.int64))
+
+    return Split(
+        name=name,
+        train=part(images[chosen], labels[chosen]),
+        validation=part(images[held_out], labels[held_out]),
+        test=part(test_images[:test_count], test_labels[:test_count]),
+        classes=int(labels.max()) + 1,
+    )
+
+
+def batches(inputs: torch.Tensor, target: torch.Tensor, batch_size: int, seed: int):
+    """Endless shuffled mini-batches, each epoch in a fresh order; an incomplete last batch is skipped.
+
+    A batch size of at least the number of samples gives full-batch training.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    count = len(inputs)
+    if count == 0:
+        raise DataError("there are no training samples; ask for at least one")
+    while True:
+        if batch_size >= count:
+            yield inputs, target
+            continue
+        order = torch.randperm(count, generator=generator).to(inputs.device)
+        for start in range(0, count - batch_size + 1, batch_size):
+            index = order[start : start + batch_size]
+            yield inputs[index], target[index]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Availability:
+    """Whether a data set can be read here, and if not, what to do."""
+
+    name: str
+    status: Literal["embedded", "present", "missing"]
+    where: str
+    advice: str
+
+
+def availability(data_dir: str | Path | None = None) -> list[Availability]:
+    """What is there, what is missing, and how to get it; reads no data."""
+    found = []
+    for name in NAMES:
+        if name == "digits":
+            there = importlib.util.find_spec("sklearn") is not None
+            status, where = ("embedded", "scikit-learn") if there else ("missing", "scikit-learn")
+            advice = "" if there else "pip install 'decaycast[lab]'"
+        else:
+            folder = _find_folder(name, data_dir)
+            status, where = ("present", str(folder)) if folder else ("missing", "")
+            advice = "" if folder else _advice(name, data_dir)
+        found.append(Availability(name=name, status=status, where=where, advice=advice))  # type: ignore[arg-type]
+    return found
+
+
+def _sizes(name: str, available: int, train_size: int | None, validation_size: int | None) -> tuple[int, int]:
+    for what, value in (("train_size", train_size), ("validation_size", validation_size)):
+        if value is not None and value < 1:
+            raise DataError(f"{what} must be at least 1, got {value}")
+    if validation_size is None:
+        spare = available - (train_size or 0)
+        validation_size = min(2000, max(1, spare if train_size else spare // 4))
+    if train_size is None:
+        train_size = available - validation_size
+    if train_size < 1 or train_size + validation_size > available:
+        raise DataError(
+            f"{name} has {available} samples to train and validate on, but {train_size} + {validation_size} were asked "
+            "for; lower train_size or validation_size"
+        )
+    return train_size, validation_size
+
+
+def _to_tensor(images: np.ndarray, pool: int) -> torch.Tensor:
+    tensor = torch.from_numpy(images.astype(np.float32) / 255.0)
+    return functional.avg_pool2d(tensor, pool) if pool > 1 else tensor
+
+
+@lru_cache(maxsize=2)
+def _read(name: str, data_dir: str | Path | None) -> tuple[Arrays, Arrays]:
+    """uint8 images (n, channels, height, width) and labels: (train, test)."""
+    if name == "digits":
+        return _digits()
+    folder = _find_folder(name, data_dir)
+    if folder is None:
+        return _download(name, data_dir)
+    if name == "cifar10":
+        train = [_cifar_batch(folder / f"data_batch_{i}.bin") for i in range(1, 6)]
+        images, labels = (np.concatenate([part[k] for part in train]) for k in (0, 1))
+        return (images, labels), _cifar_batch(folder / "test_batch.bin")
+    return _idx_pair(folder, "train"), _idx_pair(folder, "test")
+
+
+def _digits() -> tuple[Arrays, Arrays]:
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise DataError("the digits data come with scikit-learn: pip install 'decaycast[lab]'") from error
+    data = load_digits()
+    order = np.random.default_rng(1797).permutation(len(data.target))
+    images = np.round(data.images * (255 / 16)).astype(np.uint8)[order][:, None]
+    labels = data.target[order]
+    return (images[:1400], labels[:1400]), (images[1400:], labels[1400:])
+
+
+def _roots(data_dir: str | Path | None) -> list[Path]:
+    if data_dir is not None:
+        return [Path(data_dir)]
+    return [Path(os.environ[ENVIRONMENT])] if os.environ.get(ENVIRONMENT) else []
+
+
+def _find_folder(name: str, data_dir: str | Path | None) -> Path | None:
+    for root in _roots(data_dir):
+        for folder in (_CIFAR_FOLDER,) if name == "cifar10" else _IDX_FOLDERS[name]:
+            probe = "test_batch.bin" if name == "cifar10" else _IDX_FILES["test"][1]
+            if (root / folder / probe).is_file() or (root / folder / f"{probe}.gz").is_file():
+                return root / folder
+    return None
+
+
+def _advice(name: str, data_dir: str | Path | None) -> str:
+    roots = ", ".join(str(root) for root in _roots(data_dir)) or f"no folder given (--data-dir or {ENVIRONMENT})"
+    layout = _CIFAR_FOLDER if name == "cifar10" else _IDX_FOLDERS[name][0]
+    packed = [root for root in _roots(data_dir) if (root / "prepare.py").is_file()]
+    if name == "cifar10" and packed:
+        return (
+            f"looked in {roots}: the images are there in packed form; unpack them once with "
+            f"'python {packed[0] / 'prepare.py'} OUT' and give OUT as the data folder"
+        )
+    return f"looked in {roots}; put the published files into <data folder>/{layout}/, or go online for a download"
+
+
+def _idx_pair(folder: Path, part: str) -> Arrays:
+    image_file, label_file = _IDX_FILES[part]
+    images, labels = _idx(folder, image_file, 3), _idx(folder, label_file, 1)
+    if len(images) != len(labels):
+        raise DataError(f"{folder}: {len(images)} images in {image_file} but {len(labels)} labels in {label_file}")
+    return images[:, None], labels
+
+
+def _idx(folder: Path, name: str, dimensions: int) -> np.ndarray:
+    """One IDX file: magic (0, 0, 8 = uint8, number of dimensions), big-endian sizes, bytes."""
+    path = folder / f"{name}.gz"
+    path = path if path.is_file() else folder / name
+    try:
+        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path} cannot be read ({error}); it is missing or damaged: fetch it again") from error
+    if len(raw) < 4 or raw[:3] != b"\0\0\x08" or raw[3] != dimensions:
+        raise DataError(f"{path} is no IDX file of {dimensions} dimensions (wrong magic number {raw[:4].hex()})")
+    header = 4 + 4 * dimensions
+    sizes = np.frombuffer(raw[4:header], dtype=">u4")
+    expected = int(np.prod(sizes, dtype=np.int64))
+    if len(sizes) != dimensions or len(raw) - header != expected:
+        raise DataError(f"{path} holds {len(raw) - header} bytes of data where its header says {expected}: truncated?")
+    return np.frombuffer(raw, dtype=np.uint8, offset=header).reshape([int(size) for size in sizes])
+
+
+def _cifar_batch(path: Path) -> Arrays:
+    """CIFAR-10's binary layout: per image one label byte, then 3,072 bytes channel by channel."""
+    try:
+        raw = np.frombuffer(path.read_bytes(), dtype=np.uint8)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error}); fetch it again") from error
+    if len(raw) == 0 or len(raw) % 3073:
+        raise DataError(f"{path} holds {len(raw)} bytes, not a multiple of 3,073: truncated or not CIFAR-10's binary layout")
+    rows = raw.reshape(-1, 3073)
+    if rows[:, 0].max() > 9:
+        raise DataError(f"{path} holds label {rows[:, 0].max()}, but CIFAR-10 has 0 to 9: not this layout")
+    return rows[:, 1:].reshape(-1, 3, 32, 32), rows[:, 0]
+
+
+def _download(name: str, data_dir: str | Path | None) -> tuple[Arrays, Arrays]:
+    try:
+        from sklearn.datasets import fetch_openml
+
+        fetched = fetch_openml(_OPENML[name], version=1, as_frame=False, parser="liac-arff")
+    except ImportError as error:
+        raise DataError(f"{name} was not found: {_advice(name, data_dir)} (pip install 'decaycast[lab]')") from error
+    except OSError as error:
+        raise DataError(f"{name} was not found and could not be downloaded ({error}); {_advice(name, data_dir)}") from error
+    channels, side = (3, 32) if name == "cifar10" else (1, 28)
+    images = fetched.data.astype(np.uint8).reshape(-1, channels, side, side)
+    labels = fetched.target.astype(np.int64)
+    cut = len(images) - 10_000
+    return (images[:cut], labels[:cut]), (images[cut:], labels[cut:])

@@ -1,0 +1,287 @@
+"""The page: one HTML file that needs nothing else, for a forecast or for a figure. Nothing here trains.
+
+plotly.js is written into the file, and a content security policy in its head forbids every request, so that a page opened
+years later, offline or from a mail shows the same and tells nobody. All text is escaped by the template engine; the only
+markup passed through is plotly.js and JSON in which "<" is an escape.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+import os
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from decaycast.core.experiment import Figure, Row, Scalar, Size
+from decaycast.lab import plots
+from decaycast.lab.plots import Key, Plot, pretty
+
+try:
+    import jinja2
+    from markupsafe import Markup
+except ImportError as error:
+    raise ImportError("the page is written with jinja2: pip install 'decaycast[lab]'") from error
+from plotly.offline import get_plotlyjs
+
+if TYPE_CHECKING:
+    from decaycast.lab.verify import Verification
+    from decaycast.methods.l2.forecast import Arm, Forecast
+
+TEMPLATE = "template.html"
+ICON = (
+    '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32"><rect width="32" height="32" rx="7" fill="#21918c"/>'
+    '<path d="M6 6C8 20 14 25 27 26" fill="none" stroke="#fff" stroke-width="3.5" stroke-linecap="round"/></svg>'
+)
+VERDICTS = {
+    "trust": "The arms separate clearly and agree: use the number. A finer search would gain little.",
+    "weak": "The measurements point this way but leave room: a sound start. Check it with --verify if the run is expensive.",
+    "refuse": "The measurements do not support a forecast. The number shown is a fallback, and the reason says why.",
+}
+TONES = {"trust": "good", "weak": "middling", "refuse": "bad"}
+OUTCOMES = {"held": "good", "not held": "bad", "not enough data": "middling"}
+SIZE_NOTES = {
+    "smoke": "seconds of training, enough to see that everything works, not to judge the claim",
+    "small": "minutes on two cores",
+    "paper": "the scale of the paper",
+}
+
+
+class ReportError(RuntimeError):
+    """A page could not be written."""
+
+
+def write_forecast_page(
+    path: str | os.PathLike[str],
+    forecast: Forecast,
+    *,
+    curves: Mapping[float, Mapping[str, Sequence[float]]],
+    verification: Verification | None,
+    recipe: str,
+    settings: Mapping[str, Scalar],
+    command: str,
+    provenance: Mapping[str, str],
+) -> Path:
+    """Write the page of one forecast.
+
+    Args:
+        path: the HTML file to write; missing folders are made, an existing file is replaced in one step.
+        forecast: what was forecast, with its arms.
+        curves: per weight decay the columns of `decaycast.core.measure.COLUMNS`, NaN where missing; may be empty.
+        verification: the grid of full trainings around the answer, None when it was not run.
+        recipe: lines of Python to copy.
+        settings: the training that was forecast for.
+        command: the command line that makes this page again.
+        provenance: versions, hardware, revision, time.
+
+    Returns:
+        The path written.
+
+    Raises:
+        ReportError: the file cannot be written.
+    """
+    decays = [arm.weight_decay for arm in forecast.arms] + list(curves) + [forecast.weight_decay]
+    scale = plots.Scale(decays + list(verification.weight_decays if verification else ()))
+    names = [str(settings[name]) for name in ("model", "data") if settings.get(name) is not None]
+    page = {
+        "kind": "forecast",
+        "title": f"Weight decay for {' on '.join(names) or 'your training'}",
+        "subtitle": f"{forecast.budget_steps:,} optimiser steps",
+        "forecast": forecast,
+        "tone": TONES[forecast.verdict],
+        "verdicts": VERDICTS,
+        "number": pretty(forecast.weight_decay),
+        "interval": _interval(forecast),
+        "facts": _facts(forecast),
+        "ruler": _ruler(forecast, scale),
+        "arms": _arm_rows(forecast, curves),
+        "legend": _arm_legend(forecast, curves, scale),
+        "plots": plots.curve_plots(forecast, curves, scale),
+        "check": plots.verification_plot(verification, forecast, scale) if verification else None,
+        "check_facts": _check_facts(verification) if verification else [],
+        "recipe": recipe,
+        "command": command,
+        "settings": {name: _setting(value) for name, value in settings.items()},
+        "provenance": dict(provenance),
+    }
+    return _write(path, page)
+
+
+def write_figure_page(path: str | os.PathLike[str], figure: Figure, rows: Sequence[Row], size: Size) -> Path:
+    """Write the page of one figure: its claim, the verdict on it, its panels and what they were made from.
+
+    Args:
+        path: the HTML file to write; missing folders are made, an existing file is replaced in one step.
+        figure: draws and judges `rows`.
+        rows: whatever rows of `figure.runs(size)` exist, failed ones too.
+        size: the size these rows have.
+
+    Returns:
+        The path written.
+
+    Raises:
+        ReportError: the file cannot be written.
+    """
+    verdict = figure.judge(rows)
+    page = {
+        "kind": "figure",
+        "title": figure.title,
+        "subtitle": figure.name,
+        "claim": figure.claim,
+        "source": figure.source,
+        "size": size,
+        "size_note": SIZE_NOTES[size],
+        "verdict": verdict,
+        "tone": OUTCOMES[verdict.outcome],
+        "numbers": {name: pretty(value, 4) for name, value in verdict.numbers.items()},
+        "plots": [plots.panel_plot(panel) for panel in figure.draw(rows)],
+        "done": sum(row.status == "done" for row in rows),
+        "planned": len(figure.runs(size)),
+        "failed": [row for row in rows if row.status == "failed"],
+        "provenance": _merged_provenance(rows),
+    }
+    return _write(path, page)
+
+
+# ---- the forecast in words ----------------------------------------------------------------------------------------------
+
+
+def _interval(forecast: Forecast) -> str:
+    low, high = forecast.interval
+    if not (math.isfinite(low) and math.isfinite(high)):
+        return f"{'unbounded' if math.isnan(low) else pretty(low)} to {'unbounded' if math.isnan(high) else pretty(high)}"
+    return f"{pretty(low)} to {pretty(high)}"
+
+
+def _facts(forecast: Forecast) -> list[tuple[str, str, str]]:
+    efolds = forecast.efolds
+    known = efolds is not None and math.isfinite(efolds)
+    tau = f"{pretty(1 / efolds)} of the run" if known and efolds else "-"
+    missing = "needs the learning rate"
+    return [
+        ("e-folds over the full run", pretty(efolds) if known else "-", "" if known else missing),
+        ("relaxation time τ = 1/E", tau, "" if known else missing),
+        ("cost of this forecast", f"{pretty(forecast.cost, 2)} full runs", "everything trained for it, counted"),
+        ("decided on", forecast.metric.replace("_", " "), "higher is better" if forecast.higher_is_better else "lower is better"),
+    ]
+
+
+def _check_facts(verification: Verification) -> list[tuple[str, str, str]]:
+    metric = verification.metric.replace("_", " ")
+    return [
+        ("regret", f"{pretty(verification.regret)} ± {pretty(verification.regret_stderr, 2)}", f"{metric}, against the grid's best"),
+        ("seeds per weight decay", str(verification.seeds), "fresh ones"),
+        ("cost of the check", f"{pretty(verification.cost)} full runs", "not part of the forecast's cost"),
+    ]
+
+
+def _arm_rows(forecast: Forecast, curves: Mapping[float, Mapping[str, Sequence[float]]]) -> list[dict[str, Any]]:
+    rows = []
+    for arm in sorted(forecast.arms, key=lambda arm: arm.weight_decay):
+        columns = curves.get(arm.weight_decay, {})
+        row = {"weight_decay": pretty(arm.weight_decay), "status": arm.status, "reason": arm.reason}
+        row["steps"] = pretty(arm.steps[-1]) if arm.steps else "0"
+        row["efolds"] = pretty(_last(columns.get("efolds", ())))
+        row["last"] = pretty(_last(arm.values), 4)
+        row["best"] = pretty(_best(arm, forecast.higher_is_better), 4)
+        rows.append(row)
+    return rows
+
+
+def _last(values: Sequence[float]) -> float:
+    return float(values[-1]) if len(values) else math.nan
+
+
+def _best(arm: Arm, higher_is_better: bool) -> float:
+    finite = [value for value in arm.values if math.isfinite(value)]
+    return (max if higher_is_better else min)(finite) if finite else math.nan
+
+
+def _arm_legend(
+    forecast: Forecast, curves: Mapping[float, Mapping[str, Sequence[float]]], scale: plots.Scale
+) -> list[dict[str, Any]]:
+    failed = {arm.weight_decay for arm in forecast.arms if arm.status == "failed"}
+    decays = sorted({*curves, *(arm.weight_decay for arm in forecast.arms)})
+    keys = [Key(name=str(decay), label=plots.arm_name(decay), colours=scale.colours(decay)) for decay in decays]
+    return [{"key": key, "failed": decay in failed} for key, decay in zip(keys, decays, strict=True)]
+
+
+def _ruler(forecast: Forecast, scale: plots.Scale) -> dict[str, Any] | None:
+    """Positions in percent on a logarithmic axis: where the arms, the interval and the answer lie."""
+    arms = [arm for arm in forecast.arms if 0 < arm.weight_decay < math.inf]
+    shown = [arm.weight_decay for arm in arms] + [v for v in (*forecast.interval, forecast.weight_decay) if 0 < v < math.inf]
+    if not shown or not 0 < forecast.weight_decay < math.inf:
+        return None
+    first, last = math.floor(math.log10(min(shown))), math.ceil(math.log10(max(shown)))
+    last = max(last, first + 1)
+
+    def at(value: float) -> float:
+        exponent = math.log10(value) if value > 0 else -math.inf
+        return round(100 * (min(max(exponent, first), last) - first) / (last - first), 2)
+
+    low, high = (0.0 if math.isnan(v) else v for v in forecast.interval)
+    ticks = range(first, last + 1, max(1, math.ceil((last - first) / 6)))
+    return {
+        "ticks": [(at(10.0**tick), pretty(10.0**tick)) for tick in ticks],
+        "low": at(low),
+        "width": round(max(at(high) - at(low), 0.0), 2),
+        "answer": at(forecast.weight_decay),
+        "dots": [(at(a.weight_decay), scale.colours(a.weight_decay), a.status, plots.arm_name(a.weight_decay)) for a in arms],
+    }
+
+
+def _setting(value: Scalar) -> str:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return "-" if value is None else str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:.6g}"
+
+
+def _merged_provenance(rows: Sequence[Row]) -> dict[str, str]:
+    """Each key with its distinct values; a few are named, more are counted."""
+    values: dict[str, dict[str, None]] = defaultdict(dict)
+    for row in rows:
+        for name, value in row.provenance.items():
+            values[name][value] = None
+    merged = {}
+    for name, distinct in values.items():
+        several = sorted(distinct)
+        text = f"{several[0]} to {several[-1]}" if name == "time" and len(several) > 1 else ", ".join(several[:4])
+        merged[name] = text + (f" and {len(several) - 4} more" if len(several) > 4 and name != "time" else "")
+    return merged
+
+
+# ---- the file -----------------------------------------------------------------------------------------------------------
+
+
+def _write(path: str | os.PathLike[str], page: Mapping[str, Any]) -> Path:
+    text = _render(page)
+    path = Path(path)
+    # In the same folder, so that the replacement is one step and a killed process leaves no half page.
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            draft.write_text(text, encoding="utf-8")
+            os.replace(draft, path)
+        finally:
+            draft.unlink(missing_ok=True)
+    except OSError as error:
+        raise ReportError(f"cannot write {path}: {error.strerror or error}; choose another --out") from error
+    return path
+
+
+def _render(page: Mapping[str, Any]) -> str:
+    source = resources.files("decaycast.lab").joinpath(TEMPLATE).read_text(encoding="utf-8")
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    icon = "data:image/svg+xml;base64," + base64.b64encode(ICON.encode()).decode()
+    return environment.from_string(source).render(
+        **page, icon=icon, plotly_js=Markup(get_plotlyjs()), payload=lambda plot: Markup(plot.payload)
+    )
+
+
+__all__ = ["Plot", "ReportError", "write_figure_page", "write_forecast_page"]

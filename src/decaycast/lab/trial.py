@@ -1,0 +1,172 @@
+"""From a run's description to a training and its row; a trial can pause at any step and go on."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as functional
+
+from decaycast.core.experiment import Row, Run
+from decaycast.core.hook import Hook, StepContext
+from decaycast.core.measure import COLUMNS, evaluate, measuring_steps
+from decaycast.core.names import choose
+from decaycast.core.schedule import NAMES as SCHEDULES
+from decaycast.core.schedule import WeightDecayScheduler, by_name
+from decaycast.core.train import DivergedError, train
+from decaycast.lab import data, models
+from decaycast.lab.provenance import provenance
+from decaycast.methods.l2.autol2 import AutoL2Hook
+
+DEFAULTS = {
+    "data": "digits",
+    "train_size": None,
+    "validation_size": None,
+    "test_size": None,
+    "pool": 1,
+    "model": "mlp",
+    "optimizer": "sgd",
+    "lr": 0.1,
+    "momentum": 0.0,
+    "weight_decay": 0.0,
+    "schedule": "constant",
+    "steps": 1000,
+    "stop": None,
+    "batch_size": 128,
+    "rule": "constant",  # of the weight decay: a schedule by name, or autol2 starting at weight_decay
+    "points": 60,
+}
+OPTIMIZERS = ("sgd", "adamw")
+RULES = ("autol2", *SCHEDULES)
+
+
+def make_optimizer(config: dict, parameters) -> torch.optim.Optimizer:
+    """The optimiser a run names; its weight decay is in that optimiser's own torch convention."""
+    name = choose(config["optimizer"], OPTIMIZERS, "optimizer")
+    if name == "sgd":
+        return torch.optim.SGD(
+            parameters, lr=config["lr"], momentum=config["momentum"], weight_decay=config["weight_decay"]
+        )
+    return torch.optim.AdamW(parameters, lr=config["lr"], weight_decay=config["weight_decay"])
+
+
+class Trial:
+    """One run's model, optimiser, batches and curve, held so that training can stop and go on."""
+
+    def __init__(self, run: Run, *, data_dir: str | None = None, device: str = "cpu", hooks: Sequence[Hook] = ()) -> None:
+        config = {**DEFAULTS, **run.config}
+        for name in run.config:
+            choose(name, tuple(DEFAULTS), "run setting")
+        self.config, self.run, self.device = config, run, device
+        sizes = {key: config[key] for key in ("train_size", "validation_size", "test_size", "pool")}
+        self.split = data.load(config["data"], data_dir=data_dir, **sizes)
+        model = models.build(config["model"], self.split.shape, self.split.classes, seed=run.seed)
+        self.model = model.to(device)
+        self.optimizer = make_optimizer(config, self.model.parameters())
+        self.hooks = [*hooks, *_rule_hooks(config, self.optimizer)]
+        inputs, target = (part.to(device) for part in self.split.train)
+        self.batches = data.batches(inputs, target, config["batch_size"], run.seed)
+        self.schedule = by_name(config["schedule"], config["steps"])
+        self.measure_at = measuring_steps(config["steps"], config["points"])
+        self.step, self.rows = 0, []
+
+    def advance(self, stop: int, on_row: Callable[[dict[str, float]], None] | None = None) -> None:
+        """Train on to `stop` optimiser steps in all; a step already passed is no error and does nothing.
+
+        `on_row` is called after each measurement, for a progress display.
+
+        Raises:
+            DivergedError: the training loss is not finite; what was measured before stays in `rows`.
+        """
+        for pause in [step for step in self.measure_at if self.step < step < stop] + [stop]:
+            if pause > self.step:
+                self._train_to(pause)
+                if on_row:
+                    on_row(self.rows[-1])
+
+    def _train_to(self, stop: int) -> None:
+        self.rows += train(
+            self.model,
+            self.batches,
+            functional.cross_entropy,
+            self.optimizer,
+            start=self.step,
+            stop=stop,
+            lr_schedule=self.schedule,
+            hooks=self.hooks,
+            evaluate=self._validate,
+            measure_at=(stop,),
+            efolds_spent=self.rows[-1]["efolds"] if self.rows else 0.0,
+        )
+        self.step = stop
+
+    def curve(self) -> dict[str, list[float]]:
+        """What was measured so far, by column."""
+        return {name: [row[name] for row in self.rows] for name in COLUMNS}
+
+    def test(self) -> dict[str, float]:
+        """Loss and accuracy on the test data: read once, at the end, by the caller's decision."""
+        loss, accuracy = self._evaluate(self.split.test)
+        return {"test_loss": loss, "test_accuracy": accuracy}
+
+    def _validate(self, model: torch.nn.Module) -> tuple[float, float]:
+        return self._evaluate(self.split.validation)
+
+    def _evaluate(self, part: tuple[torch.Tensor, torch.Tensor]) -> tuple[float, float]:
+        inputs, target = (tensor.to(self.device) for tensor in part)
+        pairs = zip(inputs.split(500), target.split(500), strict=True)
+        return evaluate(self.model, pairs, functional.cross_entropy)
+
+
+def train_run(
+    run: Run,
+    *,
+    data_dir: str | None = None,
+    device: str = "cpu",
+    on_row: Callable[[dict[str, float]], None] | None = None,
+) -> Row:
+    """Train one run from nothing to its `stop` (default: its `steps`) and read the test data at the end.
+
+    Divergence gives a failed row with the curve up to it; other errors are raised for the executor to record.
+    """
+    began = time.perf_counter()
+    trial = Trial(run, data_dir=data_dir, device=device)
+    status, reason, final = "done", "", {}
+    try:
+        trial.advance(int(trial.config["stop"] or trial.config["steps"]), on_row)
+        final = trial.test()
+        if not all(math.isfinite(value) for value in final.values()):
+            status, reason = "failed", f"the trained network's test loss is not finite: {final}"
+    except DivergedError as error:
+        status, reason = "failed", f"DivergedError: {error}"
+    return Row(
+        run=run,
+        status=status,
+        reason=reason,
+        curve=trial.curve(),
+        final=final,
+        seconds=time.perf_counter() - began,
+        provenance=provenance(),
+    )
+
+
+class _DecaySchedule(Hook):
+    """A weight-decay schedule by name over the run's budget."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, name: str, steps: int) -> None:
+        self.scheduler = WeightDecayScheduler(optimizer, by_name(name, steps))
+
+    def on_step(self, step: int, context: StepContext) -> None:
+        if step > 0:  # the constructor has set the value of step 0
+            self.scheduler.step()
+
+
+def _rule_hooks(config: dict, optimizer: torch.optim.Optimizer) -> list[Hook]:
+    rule = choose(config["rule"], RULES, "weight decay rule")
+    if rule == "constant":
+        return []
+    if rule == "autol2":
+        return [AutoL2Hook(start=config["weight_decay"])]
+    return [_DecaySchedule(optimizer, rule, config["steps"])]

@@ -1,0 +1,255 @@
+"""`find`: the forecast on a real training loop, which leaves everything as it found it.
+
+Arms share the caller's model: each keeps a copy of its weights, its optimiser, its place in the data and its random state,
+and is swapped in when it trains. All arms start from the same weights and see the same batches. Whatever happens, the model,
+its mode and buffers, the random generators and the loaders' generators are put back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from decaycast.core.measure import Loss, evaluate, measuring_steps
+from decaycast.core.names import choose
+from decaycast.core.timescale import group_rate
+from decaycast.core.train import DivergedError, endless, train
+from decaycast.methods.l2.forecast import Forecast, forecast
+
+MakeOptimizer = Callable[[torch.nn.Module, float], torch.optim.Optimizer]
+METRICS = ("loss", "accuracy")
+_REFERENCE_DECAY = 1e-6  # small enough that no momentum cap binds when the rate per unit of decay is read
+
+
+def find(
+    model: torch.nn.Module,
+    make_optimizer: MakeOptimizer,
+    loss_fn: Loss,
+    train_loader: Iterable[Any],
+    val_loader: Iterable[Any],
+    *,
+    budget_steps: int,
+    lr_schedule: Callable[[int], float] | None = None,
+    metric: Literal["loss", "accuracy"] = "loss",
+    candidates: Sequence[float] | None = None,
+    max_cost: float = 0.3,
+    amp_dtype: torch.dtype | None = None,
+) -> Forecast:
+    """Forecast the best weight decay for training `model` for `budget_steps` optimiser steps.
+
+    Args:
+        model: at its initial weights, on its device. Restored before this returns or raises.
+        make_optimizer: ``(model, weight_decay) -> optimizer``, a new one at each call; groups it gives no decay stay so.
+        loss_fn: ``(output, target) -> scalar``: the mean data loss, without penalty.
+        train_loader: yields (inputs, target); gone through again and again. One batch is one optimiser step.
+        val_loader: yields (inputs, target): held-out data, never the test set.
+        budget_steps: optimiser steps of the training to come, >= 10.
+        lr_schedule: 0-based step -> multiplier of the optimiser's learning rate (as ``LambdaLR`` takes it) over the whole
+            budget; None for a constant rate. The arms train its beginning.
+        metric: what should be best at the end of the training: validation "loss" or "accuracy".
+        candidates: weight decays to choose from; None for any.
+        max_cost: most full-run equivalents (budgets of optimiser steps) to spend, in (0, 1]; validation passes come on top.
+        amp_dtype: torch.float16 or torch.bfloat16 for mixed precision; float16 on CUDA scales gradients.
+
+    Returns:
+        A `Forecast` in the optimiser's own convention of `weight_decay`.
+
+    Raises:
+        ValueError: an empty or one-shot loader, labels outside the model's outputs, an optimiser whose weight decay has no
+            shrink rate (Adam with coupled L2), a `make_optimizer` that ignores the decay or hands out one optimiser twice.
+
+    Source: Lewkowycz & Gur-Ari 2020, sec. 2 (one short run predicts); arms, drift and prior as in `forecast`.
+    """
+    choose(metric, METRICS, "metric")
+    rates = _effective_rates(model, make_optimizer, lr_schedule, budget_steps)
+    bench = _Bench(model, make_optimizer, loss_fn, train_loader, val_loader, lr_schedule, amp_dtype, budget_steps)
+    try:
+        return forecast(
+            bench.probe(metric),
+            budget_steps,
+            lr=rates,
+            candidates=candidates,
+            higher_is_better=metric == "accuracy",
+            max_cost=max_cost,
+            metric=f"validation {metric}",
+        )
+    finally:
+        bench.restore()
+
+
+def _effective_rates(
+    model: torch.nn.Module,
+    make_optimizer: MakeOptimizer,
+    lr_schedule: Callable[[int], float] | None,
+    budget_steps: int,
+) -> np.ndarray:
+    """Shrink per step and unit of weight decay, shape (budget_steps,): what `forecast` calls the learning rate."""
+    optimizer = make_optimizer(model, _REFERENCE_DECAY)
+    decaying = [group for group in optimizer.param_groups if float(group.get("weight_decay", 0.0)) > 0]
+    if not decaying:
+        raise ValueError(
+            "make_optimizer(model, weight_decay) returned an optimiser without any decaying parameter group; pass "
+            "weight_decay on to the groups that should decay"
+        )
+    rate = max(group_rate(optimizer, group) / float(group["weight_decay"]) for group in decaying)
+    if isinstance(budget_steps, bool) or int(budget_steps) != budget_steps or budget_steps < 10:
+        raise ValueError(f"budget_steps must be a whole number >= 10, got {budget_steps!r}")
+    schedule = lr_schedule or (lambda step: 1.0)
+    return rate * np.array([float(schedule(step)) for step in range(int(budget_steps))])
+
+
+class _Arm:
+    """One weight decay's training, parked between extensions."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, batches: Iterator[Any], scaler: Any) -> None:
+        self.optimizer, self.batches, self.scaler = optimizer, batches, scaler
+        self.weights: dict[str, torch.Tensor] = {}
+        self.randomness: list[Any] = []
+        self.step, self.rows = 0, []
+
+
+class _Bench:
+    """Trains arms in the caller's model, one swapped in at a time."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        make_optimizer: MakeOptimizer,
+        loss_fn: Loss,
+        train_loader: Iterable[Any],
+        val_loader: Iterable[Any],
+        lr_schedule: Callable[[int], float] | None,
+        amp_dtype: torch.dtype | None,
+        budget_steps: int,
+    ) -> None:
+        self.model, self.make_optimizer, self.loss_fn = model, make_optimizer, loss_fn
+        self.train_loader, self.val_loader, self.lr_schedule = train_loader, val_loader, lr_schedule
+        self.amp_dtype, self.measure_at = amp_dtype, measuring_steps(budget_steps)
+        parameter = next(model.parameters(), None)
+        if parameter is None:
+            raise ValueError("the model has no parameters, so there is nothing to decay")
+        self.device = parameter.device
+        self.generators = _generators(train_loader) + _generators(val_loader)
+        self.arms: dict[float, _Arm] = {}
+        self.active: _Arm | None = None
+        self.initial_weights = _copy_of(model)
+        self.initial_modes = [(module, module.training) for module in model.modules()]
+        self.initial_grads = [(p, p.grad) for p in model.parameters()]
+        self.initial_randomness = _randomness(self.generators)
+
+    def probe(self, metric: str) -> Callable[[float, int], tuple[list[float], list[float]]]:
+        """The function `forecast` asks: extend an arm and return its curve so far."""
+
+        def ask(weight_decay: float, steps: int) -> tuple[list[float], list[float]]:
+            arm = self._swap_in(weight_decay)
+            try:
+                arm.rows += self._advance(arm, steps)
+            except DivergedError as error:
+                arm.rows += [*error.rows, {"step": error.step + 1.0, f"validation_{metric}": math.nan}]
+            arm.step = steps
+            return [row["step"] for row in arm.rows], [row[f"validation_{metric}"] for row in arm.rows]
+
+        return ask
+
+    def restore(self) -> None:
+        """Put back weights, buffers, modes, gradients, and every random generator."""
+        self.model.load_state_dict(self.initial_weights)
+        for module, mode in self.initial_modes:
+            module.training = mode
+        for parameter, grad in self.initial_grads:
+            parameter.grad = grad
+        _set_randomness(self.initial_randomness, self.generators)
+
+    def _swap_in(self, weight_decay: float) -> _Arm:
+        arm = self.arms.get(weight_decay)
+        if arm is not None and arm is self.active:
+            return arm
+        if self.active is not None:
+            self.active.weights, self.active.randomness = _copy_of(self.model), _randomness(self.generators)
+        if arm is None:
+            arm = self._new_arm(weight_decay)
+        else:
+            self.model.load_state_dict(arm.weights)
+            _set_randomness(arm.randomness, self.generators)
+        self.active = arm
+        return arm
+
+    def _new_arm(self, weight_decay: float) -> _Arm:
+        self.model.load_state_dict(self.initial_weights)
+        _set_randomness(self.initial_randomness, self.generators)
+        optimizer = self.make_optimizer(self.model, weight_decay)
+        if any(optimizer is other.optimizer for other in self.arms.values()):
+            raise ValueError("make_optimizer handed out the same optimiser twice; build a new one at each call")
+        scaler = torch.amp.GradScaler(self.device.type) if self._scales() else None
+        arm = _Arm(optimizer, map(self._to_device, endless(self.train_loader)), scaler)
+        self.arms[weight_decay] = arm
+        return arm
+
+    def _advance(self, arm: _Arm, stop: int) -> list[dict[str, float]]:
+        return train(
+            self.model,
+            arm.batches,
+            self.loss_fn,
+            arm.optimizer,
+            start=arm.step,
+            stop=stop,
+            lr_schedule=self.lr_schedule,
+            evaluate=self._evaluate,
+            measure_at=(*self.measure_at, stop),
+            autocast=self._autocast,
+            scaler=arm.scaler,
+        )
+
+    def _evaluate(self, model: torch.nn.Module) -> tuple[float, float]:
+        with self._autocast():
+            return evaluate(model, map(self._to_device, self.val_loader), self.loss_fn)
+
+    def _to_device(self, batch: Any) -> Any:
+        if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
+            raise ValueError(
+                f"a loader must yield pairs (inputs, target), got {type(batch).__name__}; wrap it, or call "
+                "decaycast.forecast with a probe of your own"
+            )
+        return tuple(part.to(self.device, non_blocking=True) for part in batch)
+
+    def _autocast(self) -> Any:
+        if self.amp_dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.amp_dtype)
+
+    def _scales(self) -> bool:
+        return self.amp_dtype is torch.float16 and self.device.type == "cuda"
+
+
+def _copy_of(model: torch.nn.Module) -> dict[str, Any]:
+    return copy.deepcopy(model.state_dict())
+
+
+def _generators(loader: Any) -> list[torch.Generator]:
+    """The generators a DataLoader shuffles with; none where it uses the global one."""
+    owners = (loader, getattr(loader, "sampler", None), getattr(getattr(loader, "batch_sampler", None), "sampler", None))
+    found = [getattr(owner, "generator", None) for owner in owners]
+    return list({id(item): item for item in found if isinstance(item, torch.Generator)}.values())
+
+
+def _randomness(generators: Sequence[torch.Generator]) -> list[Any]:
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    legacy = np.random.get_state()  # noqa: NPY002 - augmentations of users draw from it
+    return [torch.get_rng_state(), cuda, random.getstate(), legacy, [item.get_state() for item in generators]]
+
+
+def _set_randomness(state: list[Any], generators: Sequence[torch.Generator]) -> None:
+    torch.set_rng_state(state[0])
+    if state[1]:
+        torch.cuda.set_rng_state_all(state[1])
+    random.setstate(state[2])
+    np.random.set_state(state[3])  # noqa: NPY002
+    for item, value in zip(generators, state[4], strict=True):
+        item.set_state(value)
