@@ -79,15 +79,39 @@ def tasks() -> list[Task]:
         _task("digits mlp adamw cosine", "digits", 512, "mlp-128x3", "adamw", "cosine", lr=1e-3, steps=2000, **small),
         _task("mnist-512 mlp sgd constant", "mnist", 512, "mlp-256x3", "sgd", "constant", lr=0.05, steps=3000, **small),
         _task("mnist-512 mlp sgdm cosine", "mnist", 512, "mlp-256x3", "sgdm", "cosine", lr=0.02, steps=2000, **small),
-        _task("mnist-5k mlp sgdm constant", "mnist", 5000, "mlp-128x3", "sgdm", "constant", lr=0.02, steps=2500, **small),
-        _task("mnist-5k cnn-bn adamw cosine", "mnist", 5000, "cnn-bn-8", "adamw", "cosine", lr=2e-3, steps=1500, **conv),
-        _task("fashion-5k mlp adamw constant", "fashion_mnist", 5000, "mlp-128x3", "adamw", "constant", lr=1e-3, steps=2500, **small),
-        _task("fashion-5k cnn sgdm cosine", "fashion_mnist", 5000, "cnn-8", "sgdm", "cosine", lr=0.02, steps=2500, **conv),
-        _task("cifar-5k cnn-bn sgdm cosine", "cifar10", 5000, "cnn-bn-8", "sgdm", "cosine", lr=0.02, steps=1500, **conv),
-        _task("cifar-5k cnn-bn sgd constant", "cifar10", 5000, "cnn-bn-8", "sgd", "constant", lr=0.1, steps=1500, **conv),
+        _task(
+            "mnist-5k mlp sgdm constant", "mnist", 5000, "mlp-128x3", "sgdm", "constant", lr=0.02, steps=2500, **small
+        ),
+        _task(
+            "mnist-5k cnn-bn adamw cosine", "mnist", 5000, "cnn-bn-8", "adamw", "cosine", lr=2e-3, steps=1500, **conv
+        ),
+        _task(
+            "fashion-5k mlp adamw constant",
+            "fashion_mnist",
+            5000,
+            "mlp-128x3",
+            "adamw",
+            "constant",
+            lr=1e-3,
+            steps=2500,
+            **small,
+        ),
+        _task(
+            "fashion-5k cnn sgdm cosine", "fashion_mnist", 5000, "cnn-8", "sgdm", "cosine", lr=0.02, steps=2500, **conv
+        ),
+        _task(
+            "cifar-5k cnn-bn sgdm cosine", "cifar10", 5000, "cnn-bn-8", "sgdm", "cosine", lr=0.02, steps=1500, **conv
+        ),
+        _task(
+            "cifar-5k cnn-bn sgd constant", "cifar10", 5000, "cnn-bn-8", "sgd", "constant", lr=0.1, steps=1500, **conv
+        ),
         _task("cifar-10k cnn adamw cosine", "cifar10", 10000, "cnn-8", "adamw", "cosine", lr=1e-3, steps=2000, **conv),
-        _task("cifar-5k wrn sgdm constant", "cifar10", 5000, "wrn-10-1", "sgdm", "constant", lr=0.02, steps=1500, **tiny),
-        _task("cifar-10k wrn adamw cosine", "cifar10", 10000, "wrn-10-1", "adamw", "cosine", lr=2e-3, steps=1500, **tiny),
+        _task(
+            "cifar-5k wrn sgdm constant", "cifar10", 5000, "wrn-10-1", "sgdm", "constant", lr=0.02, steps=1500, **tiny
+        ),
+        _task(
+            "cifar-10k wrn adamw cosine", "cifar10", 10000, "wrn-10-1", "adamw", "cosine", lr=2e-3, steps=1500, **tiny
+        ),
     ]
 
 

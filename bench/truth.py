@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from tasks import FINALIST_SEEDS, Task, grid_runs, tasks
 
 from decaycast.core.experiment import Row, Run
 from decaycast.lab.execute import processes
 from decaycast.lab.store import Store
 from decaycast.lab.sweep import sweep
 from decaycast.lab.trial import train_run
+from tasks import FINALIST_SEEDS, Task, grid_runs, tasks
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -57,8 +57,15 @@ def main() -> None:
     def report(row: Row) -> None:
         nonlocal done
         done += 1
-        print(done, row.run.config["data"], row.run.config["model"], row.run.config["weight_decay"], row.status,
-              f"{row.seconds:.1f} s", flush=True)
+        print(
+            done,
+            row.run.config["data"],
+            row.run.config["model"],
+            row.run.config["weight_decay"],
+            row.status,
+            f"{row.seconds:.1f} s",
+            flush=True,
+        )
 
     with Store(args.store) as store:
         wanted = [run for task in tasks() for run in grid_runs(task)]

@@ -20,13 +20,12 @@ except ImportError as _error:
 from decaycast.core.experiment import Run
 from decaycast.core.names import choose
 from decaycast.core.schedule import by_name
-from decaycast.core.timescale import efolds
 from decaycast.lab import data as datasets
 from decaycast.lab.audit import audit as audit_recipe
 from decaycast.lab.audit import parameter_table
 from decaycast.lab.forecasting import Request, Result, find_weight_decay, recipe_config
 from decaycast.lab.store import Store
-from decaycast.lab.trial import OPTIMIZERS, RULES, Trial, make_optimizer, train_run
+from decaycast.lab.trial import OPTIMIZERS, RULES, make_optimizer, train_run
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Regularisation that tunes itself, for PyTorch.")
 out = Console()
@@ -47,7 +46,9 @@ ModelOption = Annotated[str, typer.Option("--model", help="mlp-256x3, cnn-16, cn
 OptimizerOption = Annotated[str, typer.Option("--optimizer", help="sgd or adamw")]
 LrOption = Annotated[float | None, typer.Option("--lr", help="learning rate [sgd: 0.02, adamw: 0.001]")]
 MomentumOption = Annotated[float, typer.Option("--momentum", help="of sgd")]
-ScheduleOption = Annotated[str, typer.Option("--schedule", help="of the learning rate: constant, cosine, linear, step_decay")]
+ScheduleOption = Annotated[
+    str, typer.Option("--schedule", help="of the learning rate: constant, cosine, linear, step_decay")
+]
 BudgetOption = Annotated[int, typer.Option("--budget", "--steps", help="optimiser steps of the full training")]
 BatchOption = Annotated[int, typer.Option("--batch-size")]
 SeedOption = Annotated[int, typer.Option("--seed")]
@@ -102,7 +103,9 @@ def find(
 def train(
     data: DataOption = "digits",
     weight_decay: Annotated[float, typer.Option(help="lambda; with --rule autol2 its start")] = 5e-4,
-    rule: Annotated[str, typer.Option(help="of the weight decay: constant, cosine, linear, step_decay, autol2")] = "constant",
+    rule: Annotated[
+        str, typer.Option(help="of the weight decay: constant, cosine, linear, step_decay, autol2")
+    ] = "constant",
     budget: BudgetOption = 3000,
     model: ModelOption = "mlp-256x3",
     optimizer: OptimizerOption = "sgd",
@@ -119,7 +122,9 @@ def train(
     """Train once, with a progress bar of loss, accuracy, lambda and e-folds spent."""
     choose(rule, RULES, "weight decay rule")
     config = _config(data, train_size, model, optimizer, lr, momentum, schedule, budget, batch_size)
-    run = Run(config={**config, "weight_decay": _positive("weight decay", weight_decay, zero=True), "rule": rule}, seed=seed)
+    run = Run(
+        config={**config, "weight_decay": _positive("weight decay", weight_decay, zero=True), "rule": rule}, seed=seed
+    )
     with _progress(as_json) as progress:
         task = progress.add_task("training", total=budget, note="")
         row = train_run(
@@ -147,7 +152,9 @@ def audit(
     optimizer: OptimizerOption = "sgd",
     momentum: MomentumOption = 0.0,
     schedule: ScheduleOption = "constant",
-    convention: Annotated[str | None, typer.Option(help="sgd, decoupled, relative, corrected [by the optimiser]")] = None,
+    convention: Annotated[
+        str | None, typer.Option(help="sgd, decoupled, relative, corrected [by the optimiser]")
+    ] = None,
     model: Annotated[str | None, typer.Option(help="also list which parameters of this network decay")] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -165,7 +172,9 @@ def audit(
     tau = "infinite" if found.tau is None else f"{found.tau:.3g} of the run"
     out.print(f"[bold]{found.efolds:.3g} e-folds[/] of decay over {steps} steps; relaxation time {tau}")
     out.print(found.advice)
-    out.print(f"zero-cost guess: weight decay {found.usual_weight_decay:.3g} would spend 1.3 e-folds; `decaycast find` measures")
+    out.print(
+        f"zero-cost guess: weight decay {found.usual_weight_decay:.3g} would spend 1.3 e-folds; `decaycast find` measures"
+    )
     if rows:
         table = Table("parameter", "shape", "kind", "weight decay")
         for row in rows:

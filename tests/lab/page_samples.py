@@ -14,10 +14,28 @@ EVIL = "</script><script>document.title='owned'</script><img src=x onerror=alert
 RECIPE = """optimizer = torch.optim.SGD(model.parameters(), lr=0.05, weight_decay=1.25e-3)
 scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
 # train for 20,000 steps"""
-SETTINGS = {"data": "mnist", "model": "mlp", "train_size": 512, "optimizer": "sgd", "lr": 0.05, "momentum": 0.0,
-            "schedule": "constant", "steps": 20_000, "batch_size": 128, "rule": None}  # fmt: skip
-PROVENANCE = {"decaycast": "0.1.0", "torch": "2.13.0+cpu", "python": "3.11.9", "platform": "Linux", "device": "cpu",
-              "git": "0123456789abcdef0123456789abcdef01234567-dirty", "time": "2026-11-20T05:40:00Z", "processor": ""}  # fmt: skip
+SETTINGS = {
+    "data": "mnist",
+    "model": "mlp",
+    "train_size": 512,
+    "optimizer": "sgd",
+    "lr": 0.05,
+    "momentum": 0.0,
+    "schedule": "constant",
+    "steps": 20_000,
+    "batch_size": 128,
+    "rule": None,
+}
+PROVENANCE = {
+    "decaycast": "0.1.0",
+    "torch": "2.13.0+cpu",
+    "python": "3.11.9",
+    "platform": "Linux",
+    "device": "cpu",
+    "git": "0123456789abcdef0123456789abcdef01234567-dirty",
+    "time": "2026-11-20T05:40:00Z",
+    "processor": "",
+}
 COMMAND = "decaycast find --data mnist --train-size 512 --model mlp --lr 0.05 --budget 20000 --verify"
 
 
@@ -45,8 +63,11 @@ def curve(weight_decay: float, points: int = 50, last: float = 4000.0) -> dict[s
         "step": steps,
         "efolds": [RATE / 20_000 * weight_decay * step for step in steps],
         "validation_loss": [value + noise for value, noise in zip(loss, wobble, strict=True)],
-        "validation_accuracy": [0.845 - 0.75 * math.exp(-s / 250) - 0.006 * miss - n for s, n in zip(steps, wobble, strict=True)],
-    }  # fmt: skip
+        "validation_accuracy": [
+            0.845 - 0.75 * math.exp(-step / 250) - 0.006 * miss - noise
+            for step, noise in zip(steps, wobble, strict=True)
+        ],
+    }
 
 
 def curves() -> dict[float, dict[str, list[float]]]:
@@ -99,7 +120,10 @@ class SampleFigure:
         """One finished and one failed row."""
         done, failed = self.runs("small")
         stamps = ({**PROVENANCE, "time": "2026-11-20T05:41:00Z"}, PROVENANCE)
-        return [Row(run=done, provenance=stamps[0]), Row(run=failed, status="failed", reason=reason, provenance=stamps[1])]
+        return [
+            Row(run=done, provenance=stamps[0]),
+            Row(run=failed, status="failed", reason=reason, provenance=stamps[1]),
+        ]
 
     def draw(self, rows: list[Row]) -> list[Panel]:
         """A log-log panel with a gap and an empty-bounded trace, and a linear one with bars."""
@@ -110,13 +134,26 @@ class SampleFigure:
         holed = [math.nan if i == 4 else value for i, value in enumerate(y)]
         band = Trace(name="SGD", x=x, y=holed, low=[v / 1.5 for v in holed], high=[v * 1.5 for v in holed])
         law = Trace(name="c/λ", x=x, y=[2.6 / value for value in x])
-        loose = Trace(name="5 seeds", x=[1, 2, 3], y=[0.8, 0.83, 0.81], low=[0.79, 0.8, 0.8], high=[0.82, 0.85, 0.83],
-                      mode="markers")  # fmt: skip
+        loose = Trace(
+            name="5 seeds",
+            x=[1, 2, 3],
+            y=[0.8, 0.83, 0.81],
+            low=[0.79, 0.8, 0.8],
+            high=[0.82, 0.85, 0.83],
+            mode="markers",
+        )
         return [
-            Panel(title="Step of best accuracy", x_label="weight decay λ", y_label="step", traces=[band, law], x_log=True,
-                  y_log=True, caption="Band: a factor 1.5 either way."),
+            Panel(
+                title="Step of best accuracy",
+                x_label="weight decay λ",
+                y_label="step",
+                traces=[band, law],
+                x_log=True,
+                y_log=True,
+                caption="Band: a factor 1.5 either way.",
+            ),
             Panel(title="Best accuracy", x_label="arm", y_label="validation accuracy", traces=[loose]),
-        ]  # fmt: skip
+        ]
 
     def judge(self, rows: list[Row]) -> Verdict:
         """The outcome it was made with."""

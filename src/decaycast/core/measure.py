@@ -28,24 +28,27 @@ Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 def evaluate(
     model: torch.nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], loss_fn: Loss
 ) -> tuple[float, float]:
-    """Mean loss and accuracy over `batches`, in evaluation mode without gradients; the model's mode is put back.
+    """Mean loss and accuracy over `batches`, in evaluation mode without gradients; each module's mode is put back.
 
     Accuracy is NaN where it has no meaning (targets that are not class indices).
     """
-    was_training = model.training
+    # module by module: batch norm that was frozen inside a training model has to stay frozen
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     loss_sum, correct, count, classes = 0.0, 0.0, 0, True
     try:
         with torch.inference_mode():
             for inputs, target in batches:
                 output = model(inputs)
+                check_labels(output, target)
                 loss_sum += float(loss_fn(output, target)) * len(target)
                 classes = classes and is_classification(output, target)
                 if classes:
                     correct += float((output.argmax(1) == target).sum())
                 count += len(target)
     finally:
-        model.train(was_training)
+        for module, was_training in modes:
+            module.training = was_training
     if count == 0:
         raise ValueError("there is nothing to evaluate on: the validation data are empty; give at least one sample")
     return loss_sum / count, correct / count if classes else math.nan

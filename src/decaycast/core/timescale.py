@@ -105,7 +105,9 @@ def weight_decay_for(
     if efolds == 0:
         return 0.0
     if per_decay.sum() == 0:
-        raise ValueError("the learning rate is zero at every step, so no weight decay has an effect; give a positive lr")
+        raise ValueError(
+            "the learning rate is zero at every step, so no weight decay has an effect; give a positive lr"
+        )
     return _solve_capped(per_decay, cap, efolds)
 
 

@@ -87,9 +87,7 @@ def train(
             loss = loss_fn(output, target)
         _backward(loss, optimizer, scaler)
         if has_hooks:
-            context = StepContext(
-                loss=loss.detach(), output=output.detach(), target=target, optimizer=optimizer
-            )
+            context = StepContext(loss=loss.detach(), output=output.detach(), target=target, optimizer=optimizer)
             hook.on_step(step, context)
         spent.add_step()
         _update(optimizer, scaler)
@@ -106,7 +104,7 @@ def endless(loader: Iterable[Any]) -> Iterator[Any]:
     """Go through a loader again and again; refuses one that yields nothing."""
     while True:
         batch = None
-        for batch in loader:  # noqa: B007 - remembered to see whether the loader yielded at all
+        for batch in loader:
             yield batch
         if batch is None:
             raise ValueError("the training loader is empty: it yields no batch; check the data set and drop_last")

@@ -50,7 +50,9 @@ def _advice(spent: float) -> str:
     if spent < 0.1:
         return "hardly any: weights keep more than 90 % of what they start with, so decay barely acts within this run"
     if spent < 0.5:
-        return "light: less than the 0.5 to 4 e-folds that usually come out best; a longer run or more decay would use it"
+        return (
+            "light: less than the 0.5 to 4 e-folds that usually come out best; a longer run or more decay would use it"
+        )
     if spent <= 4:
         return "usual: 0.5 to 4 e-folds are what usually comes out best"
     if spent <= 20:

@@ -231,6 +231,12 @@ def _idx_pair(folder: Path, part: str) -> Arrays:
     images, labels = _idx(folder, image_file, 3), _idx(folder, label_file, 1)
     if len(images) != len(labels):
         raise DataError(f"{folder}: {len(images)} images in {image_file} but {len(labels)} labels in {label_file}")
+    if images.shape[1:] != (28, 28):
+        raise DataError(
+            f"{folder}: images in {image_file} have shape {images.shape[1:]}, but this data set's are 28x28"
+        )
+    if len(labels) and labels.max() > 9:
+        raise DataError(f"{folder}: {label_file} holds label {labels.max()}, but this data set has 0 to 9")
     return images[:, None], labels
 
 
@@ -245,9 +251,11 @@ def _idx(folder: Path, name: str, dimensions: int) -> np.ndarray:
     if len(raw) < 4 or raw[:3] != b"\0\0\x08" or raw[3] != dimensions:
         raise DataError(f"{path} is no IDX file of {dimensions} dimensions (wrong magic number {raw[:4].hex()})")
     header = 4 + 4 * dimensions
+    if len(raw) < header:
+        raise DataError(f"{path} ends after {len(raw)} bytes, inside its header: truncated?")
     sizes = np.frombuffer(raw[4:header], dtype=">u4")
     expected = int(np.prod(sizes, dtype=np.int64))
-    if len(sizes) != dimensions or len(raw) - header != expected:
+    if len(raw) - header != expected:
         raise DataError(f"{path} holds {len(raw) - header} bytes of data where its header says {expected}: truncated?")
     return np.frombuffer(raw, dtype=np.uint8, offset=header).reshape([int(size) for size in sizes])
 
@@ -259,7 +267,9 @@ def _cifar_batch(path: Path) -> Arrays:
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error}); fetch it again") from error
     if len(raw) == 0 or len(raw) % 3073:
-        raise DataError(f"{path} holds {len(raw)} bytes, not a multiple of 3,073: truncated or not CIFAR-10's binary layout")
+        raise DataError(
+            f"{path} holds {len(raw)} bytes, not a multiple of 3,073: truncated or not CIFAR-10's binary layout"
+        )
     rows = raw.reshape(-1, 3073)
     if rows[:, 0].max() > 9:
         raise DataError(f"{path} holds label {rows[:, 0].max()}, but CIFAR-10 has 0 to 9: not this layout")
@@ -274,7 +284,9 @@ def _download(name: str, data_dir: str | Path | None) -> tuple[Arrays, Arrays]:
     except ImportError as error:
         raise DataError(f"{name} was not found: {_advice(name, data_dir)} (pip install 'decaycast[lab]')") from error
     except OSError as error:
-        raise DataError(f"{name} was not found and could not be downloaded ({error}); {_advice(name, data_dir)}") from error
+        raise DataError(
+            f"{name} was not found and could not be downloaded ({error}); {_advice(name, data_dir)}"
+        ) from error
     channels, side = (3, 32) if name == "cifar10" else (1, 28)
     images = fetched.data.astype(np.uint8).reshape(-1, channels, side, side)
     labels = fetched.target.astype(np.int64)

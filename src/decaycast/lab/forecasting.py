@@ -121,8 +121,12 @@ def recipe(config: dict[str, Scalar], found: Forecast) -> str:
     if config["schedule"] == "cosine":
         lines.append(f"scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max={steps})")
     elif config["schedule"] != "constant":
-        lines.append(f"scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, by_name({config['schedule']!r}, {steps}))")
-    lines.append(f"# {found.efolds:.3g} e-folds over {steps} steps of batch size {config['batch_size']}; verdict: {found.verdict}")
+        lines.append(
+            f"scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, by_name({config['schedule']!r}, {steps}))"
+        )
+    lines.append(
+        f"# {found.efolds:.3g} e-folds over {steps} steps of batch size {config['batch_size']}; verdict: {found.verdict}"
+    )
     return "\n".join(lines)
 
 

@@ -20,7 +20,18 @@ PATTERNS = {
     "cnn": re.compile(r"cnn(?P<norm>-bn)?(?:-(?P<width>\d+))?"),
     "wrn": re.compile(r"wrn-(?P<depth>\d+)-(?P<width>\d+)"),
 }
-EXAMPLES = ("mlp", "mlp-256x3", "mlp-2048x3", "cnn", "cnn-16", "cnn-300", "cnn-bn", "cnn-bn-16", "wrn-10-1", "wrn-28-10")
+EXAMPLES = (
+    "mlp",
+    "mlp-256x3",
+    "mlp-2048x3",
+    "cnn",
+    "cnn-16",
+    "cnn-300",
+    "cnn-bn",
+    "cnn-bn-16",
+    "wrn-10-1",
+    "wrn-28-10",
+)
 
 
 def build(name: str, shape: tuple[int, ...], classes: int, *, seed: int) -> nn.Module:
@@ -109,7 +120,9 @@ class WideResNet(nn.Module):
         super().__init__()
         blocks, rest = divmod(depth - 4, 6)
         if rest or blocks < 1 or widen < 1:
-            raise ValueError(f"a WRN's depth is 6n + 4 (10, 16, 22, 28, 40) and its widening >= 1, got {depth}, {widen}")
+            raise ValueError(
+                f"a WRN's depth is 6n + 4 (10, 16, 22, 28, 40) and its widening >= 1, got {depth}, {widen}"
+            )
         widths = [16, 16 * widen, 32 * widen, 64 * widen]
         self.stem = nn.Conv2d(shape[0], widths[0], 3, 1, 1, bias=False)
         stages: list[nn.Module] = []
@@ -121,5 +134,6 @@ class WideResNet(nn.Module):
         self.norm, self.head = nn.BatchNorm2d(widths[3]), nn.Linear(widths[3], classes)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Scores of shape (n, classes) for images (n, channels, height, width)."""
         hidden = torch.relu(self.norm(self.stages(self.stem(x))))
         return self.head(hidden.mean((2, 3)))

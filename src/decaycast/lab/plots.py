@@ -73,16 +73,15 @@ class Plot:
     def payload(self) -> str:
         """JSON for a script element: "<" is written as an escape, so that no text in it can close the element."""
         figure = self.figure.to_json()
-        views = json.dumps([_plain(view) for view in self.views], allow_nan=False)
+        views = json.dumps(self.views, allow_nan=False)
         return f'{{"figure":{figure},"views":{views}}}'.replace("<", "\\u003c")
 
     @property
     def csv_uri(self) -> str:
         """All rows as a CSV file in a data: address."""
         out = io.StringIO()
-        writer = csv.writer(out, lineterminator="\n")
-        writer.writerow(self.header)
-        writer.writerows([_cell(value) for value in row] for row in self.rows)
+        rows = ([_cell(value) for value in row] for row in self.rows)
+        csv.writer(out, lineterminator="\n").writerows([self.header, *rows])
         return "data:text/csv;charset=utf-8," + quote(out.getvalue(), safe="/:+-.,_ ").replace(" ", "%20")
 
     @property
@@ -105,14 +104,14 @@ class Scale:
         span = self.high - self.low
         at = min(1.0, max(0.0, (math.log(weight_decay) - self.low) / span if span else 0.5))
         light, dark = sample_colorscale("Viridis", [0.86 * at, 0.3 + 0.7 * at])
-        return light, dark
+        return str(light), str(dark)
 
 
 def thin(count: int, limit: int) -> list[int]:
-    """At most about `limit` evenly spaced indices below `count`, the first and the last among them."""
+    """At most `limit` (>= 2) evenly spaced indices below `count`, the first and the last among them."""
     if count <= limit:
         return list(range(count))
-    return sorted({round(i * (count - 1) / (limit - 1)) for i in range(max(limit, 2))}) if limit > 1 else [0]
+    return sorted({round(i * (count - 1) / (limit - 1)) for i in range(limit)})
 
 
 def pretty(value: float | None, digits: int = 3) -> str:
@@ -121,10 +120,11 @@ def pretty(value: float | None, digits: int = 3) -> str:
         return "-"
     if math.isinf(value):
         return "∞" if value > 0 else "-∞"
-    if value != 0 and not 1e-3 <= abs(value) < 1e7:
+    if value != 0 and not 1e-4 <= abs(value) < 1e7:
         mantissa, _, exponent = f"{value:.{digits - 1}e}".partition("e")
-        mantissa = mantissa.rstrip("0").rstrip(".") if "." in mantissa else mantissa
-        return f"{mantissa}×10{str(int(exponent)).translate(str.maketrans('-0123456789', '⁻⁰¹²³⁴⁵⁶⁷⁸⁹'))}"
+        power = "10" + str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+        mantissa = f"{float(mantissa):g}"
+        return power if mantissa == "1" else f"{mantissa}×{power}"
     if abs(value) >= 1000:
         return f"{value:,.0f}"
     return f"{value:.{digits}g}"
@@ -133,9 +133,6 @@ def pretty(value: float | None, digits: int = 3) -> str:
 def arm_name(weight_decay: float) -> str:
     """How an arm is called in legends."""
     return f"λ = {pretty(weight_decay)}"
-
-
-# ---- the forecast's plots ----------------------------------------------------------------------------------------------
 
 
 def curve_plots(forecast: Forecast, curves: Mapping[float, Mapping[str, Sequence[float]]], scale: Scale) -> list[Plot]:
@@ -170,19 +167,20 @@ def _curve_plot(metric: str, curves: Mapping[float, Any], forecast: Forecast, sc
         thinned |= len(keep) < len(columns[metric])
         steps, values = ([float(columns[name][i]) for i in keep] for name in ("step", metric))
         efolds = [float(columns["efolds"][i]) if "efolds" in columns else math.nan for i in keep]
-        by_step.append(steps)
+        by_step.append([_gap(step) for step in steps])
         # A log axis has no place for the start, where no e-fold is spent.
-        by_efolds.append([value if value > 0 else math.nan for value in efolds])
+        by_efolds.append([value if 0 < value < math.inf else None for value in efolds])
         rows += [(decay, *numbers) for numbers in zip(steps, efolds, values, strict=True)]
         figure.add_trace(_line(arm_name(decay), str(decay), steps, values, scale.colours(decay)))
     label = metric.replace("_", " ")
-    figure.update_yaxes(title_text=html.escape(label, quote=False), range=_readable_range(arms, metric))
+    limits = _readable_range(arms, metric)
+    figure.update_yaxes(title_text=html.escape(label, quote=False), range=limits)
     views = [{"label": "steps", "x": by_step, "xaxis": {"title": {"text": "optimiser steps"}, "type": "linear"}}]
-    if _any_finite([value for values in by_efolds for value in values]):
+    if any(value is not None for values in by_efolds for value in values):
         views.append(_efold_view(by_efolds, forecast))
     return Plot(
         title=label[:1].upper() + label[1:],
-        caption=_curve_caption(metric, forecast, thinned),
+        caption=_curve_caption(metric, forecast, thinned, cut=limits is not None),
         figure=figure,
         header=("weight_decay", "step", "efolds", metric),
         rows=tuple(rows),
@@ -190,7 +188,7 @@ def _curve_plot(metric: str, curves: Mapping[float, Any], forecast: Forecast, sc
     )
 
 
-def _efold_view(x: list[list[float]], forecast: Forecast) -> dict[str, Any]:
+def _efold_view(x: list[list[float | None]], forecast: Forecast) -> dict[str, Any]:
     view: dict[str, Any] = {"label": "e-folds", "x": x}
     view["xaxis"] = {"title": {"text": "e-folds of weight decay spent"}, "type": "log"}
     if forecast.efolds is not None and 0 < forecast.efolds < math.inf:
@@ -199,26 +197,32 @@ def _efold_view(x: list[list[float]], forecast: Forecast) -> dict[str, Any]:
     return view
 
 
-def _curve_caption(metric: str, forecast: Forecast, thinned: bool) -> str:
+def _curve_caption(metric: str, forecast: Forecast, thinned: bool, *, cut: bool) -> str:
     ends = [arm.steps[-1] for arm in forecast.arms if arm.steps]
-    parts = []
-    if ends:
-        parts.append(f"The arms stop at step {max(ends):,.0f}; the full run has {forecast.budget_steps:,}.")
+    parts = [f"The arms stop at step {max(ends):,.0f}; the full run has {forecast.budget_steps:,}."] if ends else []
     if metric == forecast.metric:
         parts.append("The forecast is made from this metric.")
+    if cut:
+        parts.append("The steep beginning is cut off; double-click the plot for the whole range.")
     if thinned:
         parts.append("Long curves are drawn and listed with evenly spaced points left out.")
     return " ".join(parts)
 
 
 def _readable_range(arms: Mapping[float, Any], metric: str) -> list[float] | None:
-    """Limits of the y axis when an exploding arm would flatten all others; None lets plotly choose."""
-    finite = [[float(value) for value in arms[decay][metric] if math.isfinite(value)] for decay in arms]
-    start, top = max(values[0] for values in finite), max(max(values) for values in finite)
-    low = min(min(values) for values in finite)
-    if top <= low + 3 * (start - low) or start <= low:
+    """Limits of the y axis that leave out the first steep part and what explodes; None where little would be gained."""
+    pairs = [zip(arm["step"], arm[metric], strict=True) for arm in arms.values()]
+    curves = [[(step, value) for step, value in pair if math.isfinite(value)] for pair in pairs]
+    begin = 0.1 * max(curve[-1][0] for curve in curves)
+    late = [float(value) for curve in curves for step, value in curve if step >= begin]
+    start = max(curve[0][1] for curve in curves)
+    if 2 * sum(value < start for value in late) > len(late):  # a loss: above its start nothing is worth seeing
+        late = [value for value in late if value <= start]
+    everything = [value for curve in curves for _, value in curve]
+    span = max(late) - min(late)
+    if not 0 < span < 0.5 * (max(everything) - min(everything)):
         return None
-    return [low - 0.05 * (start - low), start + 0.3 * (start - low)]
+    return [min(late) - 0.05 * span, max(late) + 0.05 * span]
 
 
 def verification_plot(verification: Verification, forecast: Forecast, scale: Scale) -> Plot:
@@ -227,12 +231,12 @@ def verification_plot(verification: Verification, forecast: Forecast, scale: Sca
     positive = [row for row in rows if row[0] > 0]
     x, y, error = ([row[i] for row in positive] for i in range(3))
     pairs = [scale.colours(value) for value in x]
-    line = _line("mean", "grid", x, y, GREY)
+    markers = {"markersLight": [pair[0] for pair in pairs], "markersDark": [pair[1] for pair in pairs]}
+    line = _line("mean", "grid", x, y, GREY, markers)
     line.update(
         mode="lines+markers",
         marker={"size": 10},
         error_y={"type": "data", "array": [_gap(value) for value in error], "thickness": 1.5, "width": 5},
-        meta={**line.meta, "markersLight": [pair[0] for pair in pairs], "markersDark": [pair[1] for pair in pairs]},
         hovertemplate=f"λ = %{{x:.3g}}<br>%{{y:.4g}}<extra>{verification.seeds} seeds</extra>",
     )
     figure = _figure()
@@ -261,9 +265,6 @@ def verification_plot(verification: Verification, forecast: Forecast, scale: Sca
     )
 
 
-# ---- a figure's panels --------------------------------------------------------------------------------------------------
-
-
 def panel_plot(panel: Panel) -> Plot:
     """A panel of plain traces; bounds are shaded around lines and drawn as bars at loose markers."""
     figure, legend, rows = _figure(), [], []
@@ -275,9 +276,7 @@ def panel_plot(panel: Panel) -> Plot:
         if trace.low is not None and trace.high is not None and trace.mode != "markers":
             figure.add_traces(_bands(trace, group, colours, floor))
         figure.add_trace(_panel_line(trace, group, colours, index))
-        blank = [math.nan] * len(trace.x)
-        columns = (trace.x, trace.y, blank if trace.low is None else trace.low, blank if trace.high is None else trace.high)
-        rows += [(trace.name, *map(float, numbers)) for numbers in zip(*columns, strict=True)]
+        rows += [(trace.name, *map(float, row)) for row in zip(trace.x, trace.y, *_bounds(trace), strict=True)]
     for update, label, log in (
         (figure.update_xaxes, panel.x_label, panel.x_log),
         (figure.update_yaxes, panel.y_label, panel.y_log),
@@ -298,23 +297,16 @@ def _panel_line(trace: Trace, group: str, colours: Colours, index: int) -> graph
     line.update(mode=trace.mode, marker={"size": 8, "symbol": SYMBOLS[index % len(SYMBOLS)]})
     line.update(line={"dash": ("solid", "dash", "dot")[index // len(HUES) % 3]})
     if trace.mode == "markers" and trace.low is not None and trace.high is not None:
-        line.update(
-            error_y={
-                "type": "data",
-                "symmetric": False,
-                "array": [_gap(high - y) for high, y in zip(trace.high, trace.y, strict=True)],
-                "arrayminus": [_gap(y - low) for low, y in zip(trace.low, trace.y, strict=True)],
-                "thickness": 1.5,
-            }
-        )
+        up = [_gap(high - y) for high, y in zip(trace.high, trace.y, strict=True)]
+        down = [_gap(y - low) for low, y in zip(trace.low, trace.y, strict=True)]
+        line.update(error_y={"type": "data", "symmetric": False, "array": up, "arrayminus": down, "thickness": 1.5})
     return line
 
 
 def _bands(trace: Trace, group: str, colours: Colours, floor: float | None) -> list[graph.Scatter]:
     """One closed outline per stretch without gaps: a band never bridges what was not measured."""
-    assert trace.low is not None and trace.high is not None
     stretches: list[list[tuple[float, float, float]]] = [[]]
-    for x, low, high in zip(trace.x, trace.low, trace.high, strict=True):
+    for x, low, high in zip(trace.x, *_bounds(trace), strict=True):
         low = low if floor is None else max(low, floor)
         if all(map(math.isfinite, (x, low, high))) and (floor is None or high > 0):
             stretches[-1].append((x, low, high))
@@ -323,17 +315,21 @@ def _bands(trace: Trace, group: str, colours: Colours, floor: float | None) -> l
     bands = []
     for stretch in filter(None, stretches):
         outline = [(x, high) for x, _, high in stretch] + [(x, low) for x, low, _ in reversed(stretch)]
-        band = _line(trace.name, group, [x for x, _ in outline], [y for _, y in outline], colours)
-        fills = [colour.replace("rgb(", "rgba(").replace(")", ", 0.18)") for colour in colours]
+        light, dark = (colour.replace("rgb(", "rgba(").replace(")", ", 0.18)") for colour in colours)
+        fills = {"fillLight": light, "fillDark": dark}
+        band = _line(trace.name, group, [x for x, _ in outline], [y for _, y in outline], colours, fills)
         band.update(fill="toself", line={"width": 0}, hoverinfo="skip", hovertemplate=None)
-        band.update(meta={**band.meta, "fillLight": fills[0], "fillDark": fills[1]})
         bands.append(band)
     return bands
 
 
+def _bounds(trace: Trace) -> list[Sequence[float]]:
+    return [[math.nan] * len(trace.x) if bound is None else bound for bound in (trace.low, trace.high)]
+
+
 def _smallest_positive(panel: Panel) -> float | None:
-    values = [v for trace in panel.traces for v in (*trace.y, *(trace.low or ())) if 0 < v < math.inf]
-    return min(values) if values else None
+    values = [v for trace in panel.traces for v in (*trace.y, *_bounds(trace)[0]) if 0 < v < math.inf]
+    return min(values, default=None)
 
 
 def _hue(index: int, count: int) -> Colours:
@@ -343,18 +339,15 @@ def _hue(index: int, count: int) -> Colours:
     return Scale([1.0, math.e]).colours(math.exp(index / (count - 1)))
 
 
-# ---- parts --------------------------------------------------------------------------------------------------------------
-
-
 def _figure() -> graph.Figure:
-    axis = {"exponentformat": "power", "automargin": True, "zeroline": False}
+    axis = {"exponentformat": "power", "automargin": True, "zeroline": False, "nticks": 7}
     return graph.Figure(
         layout={
             "template": {},
             "showlegend": False,
             "hovermode": "closest",
             "height": 340,
-            "margin": {"l": 56, "r": 14, "t": 24, "b": 48},
+            "margin": {"l": 56, "r": 14, "t": 44, "b": 44},
             "paper_bgcolor": "rgba(0,0,0,0)",
             "plot_bgcolor": "rgba(0,0,0,0)",
             "xaxis": axis,
@@ -363,7 +356,14 @@ def _figure() -> graph.Figure:
     )
 
 
-def _line(name: str, group: str, x: Sequence[float], y: Sequence[float], colours: Colours) -> graph.Scatter:
+def _line(
+    name: str,
+    group: str,
+    x: Sequence[float],
+    y: Sequence[float],
+    colours: Colours,
+    more_colours: Mapping[str, Any] | None = None,
+) -> graph.Scatter:
     label = html.escape(name, quote=False)
     return graph.Scatter(
         name=label,
@@ -373,13 +373,13 @@ def _line(name: str, group: str, x: Sequence[float], y: Sequence[float], colours
         mode="lines",
         connectgaps=False,
         line={"width": 2},
-        meta={"light": colours[0], "dark": colours[1]},
+        meta={"light": colours[0], "dark": colours[1], **(more_colours or {})},
         hovertemplate=f"{label.replace('%{', '% {')}<br>%{{x:.5~g}}<br>%{{y:.4g}}<extra></extra>",
     )
 
 
 def _marker_line(x: float, text: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """A vertical line at `x` on a log axis and the note at its top (plotly places shapes by value, notes by exponent)."""
+    """A vertical line at `x` on a log axis, and its note; plotly places shapes by value, notes by exponent."""
     line = {"type": "line", "x0": x, "x1": x, "y0": 0, "y1": 1, "yref": "paper"}
     shape = {**line, "line": {"color": ACCENT, "width": 2, "dash": "dash"}}
     note = {"x": math.log10(x), "y": 1, "yref": "paper", "yanchor": "bottom", "text": text, "showarrow": False}
@@ -392,14 +392,6 @@ def _any_finite(values: Sequence[float]) -> bool:
 
 def _gap(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, float):
-        return _gap(value)
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _cell(value: Cell) -> str:

@@ -1,8 +1,8 @@
 """The page: one HTML file that needs nothing else, for a forecast or for a figure. Nothing here trains.
 
-plotly.js is written into the file, and a content security policy in its head forbids every request, so that a page opened
-years later, offline or from a mail shows the same and tells nobody. All text is escaped by the template engine; the only
-markup passed through is plotly.js and JSON in which "<" is an escape.
+plotly.js is written into the file, and a content security policy in its head forbids every request, so that a page
+opened years later, offline or from a mail shows the same and tells nobody. All text is escaped by the template engine;
+the only markup passed through is plotly.js and JSON in which "<" is an escape.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from decaycast.core.experiment import Figure, Row, Scalar, Size
 from decaycast.lab import plots
-from decaycast.lab.plots import Key, Plot, pretty
+from decaycast.lab.plots import Key, pretty
 
 try:
     import jinja2
@@ -37,8 +37,8 @@ ICON = (
     '<path d="M6 6C8 20 14 25 27 26" fill="none" stroke="#fff" stroke-width="3.5" stroke-linecap="round"/></svg>'
 )
 VERDICTS = {
-    "trust": "The arms separate clearly and agree: use the number. A finer search would gain little.",
-    "weak": "The measurements point this way but leave room: a sound start. Check it with --verify if the run is expensive.",
+    "trust": "The arms separate clearly: use the number. A finer search would gain little.",
+    "weak": "The measurements point this way but leave room: a sound start. Verify it before an expensive run.",
     "refuse": "The measurements do not support a forecast. The number shown is a fallback, and the reason says why.",
 }
 TONES = {"trust": "good", "weak": "middling", "refuse": "bad"}
@@ -146,14 +146,8 @@ def write_figure_page(path: str | os.PathLike[str], figure: Figure, rows: Sequen
     return _write(path, page)
 
 
-# ---- the forecast in words ----------------------------------------------------------------------------------------------
-
-
 def _interval(forecast: Forecast) -> str:
-    low, high = forecast.interval
-    if not (math.isfinite(low) and math.isfinite(high)):
-        return f"{'unbounded' if math.isnan(low) else pretty(low)} to {'unbounded' if math.isnan(high) else pretty(high)}"
-    return f"{pretty(low)} to {pretty(high)}"
+    return " to ".join("unknown" if math.isnan(bound) else pretty(bound) for bound in forecast.interval)
 
 
 def _facts(forecast: Forecast) -> list[tuple[str, str, str]]:
@@ -161,18 +155,20 @@ def _facts(forecast: Forecast) -> list[tuple[str, str, str]]:
     known = efolds is not None and math.isfinite(efolds)
     tau = f"{pretty(1 / efolds)} of the run" if known and efolds else "-"
     missing = "needs the learning rate"
+    direction = "higher is better" if forecast.higher_is_better else "lower is better"
     return [
         ("e-folds over the full run", pretty(efolds) if known else "-", "" if known else missing),
         ("relaxation time τ = 1/E", tau, "" if known else missing),
         ("cost of this forecast", f"{pretty(forecast.cost, 2)} full runs", "everything trained for it, counted"),
-        ("decided on", forecast.metric.replace("_", " "), "higher is better" if forecast.higher_is_better else "lower is better"),
+        ("decided on", forecast.metric.replace("_", " "), direction),
     ]
 
 
 def _check_facts(verification: Verification) -> list[tuple[str, str, str]]:
     metric = verification.metric.replace("_", " ")
+    regret = f"{pretty(verification.regret)} ± {pretty(verification.regret_stderr, 2)}"
     return [
-        ("regret", f"{pretty(verification.regret)} ± {pretty(verification.regret_stderr, 2)}", f"{metric}, against the grid's best"),
+        ("regret", regret, f"{metric}, against the grid's best"),
         ("seeds per weight decay", str(verification.seeds), "fresh ones"),
         ("cost of the check", f"{pretty(verification.cost)} full runs", "not part of the forecast's cost"),
     ]
@@ -212,7 +208,8 @@ def _arm_legend(
 def _ruler(forecast: Forecast, scale: plots.Scale) -> dict[str, Any] | None:
     """Positions in percent on a logarithmic axis: where the arms, the interval and the answer lie."""
     arms = [arm for arm in forecast.arms if 0 < arm.weight_decay < math.inf]
-    shown = [arm.weight_decay for arm in arms] + [v for v in (*forecast.interval, forecast.weight_decay) if 0 < v < math.inf]
+    answer = (*forecast.interval, forecast.weight_decay)
+    shown = [arm.weight_decay for arm in arms] + [value for value in answer if 0 < value < math.inf]
     if not shown or not 0 < forecast.weight_decay < math.inf:
         return None
     first, last = math.floor(math.log10(min(shown))), math.ceil(math.log10(max(shown)))
@@ -222,14 +219,16 @@ def _ruler(forecast: Forecast, scale: plots.Scale) -> dict[str, Any] | None:
         exponent = math.log10(value) if value > 0 else -math.inf
         return round(100 * (min(max(exponent, first), last) - first) / (last - first), 2)
 
-    low, high = (0.0 if math.isnan(v) else v for v in forecast.interval)
+    low, high = forecast.interval
+    low, high = 0.0 if math.isnan(low) else low, math.inf if math.isnan(high) else high
+    dots = [(arm.weight_decay, arm.status) for arm in arms]
     ticks = range(first, last + 1, max(1, math.ceil((last - first) / 6)))
     return {
         "ticks": [(at(10.0**tick), pretty(10.0**tick)) for tick in ticks],
         "low": at(low),
         "width": round(max(at(high) - at(low), 0.0), 2),
         "answer": at(forecast.weight_decay),
-        "dots": [(at(a.weight_decay), scale.colours(a.weight_decay), a.status, plots.arm_name(a.weight_decay)) for a in arms],
+        "dots": [(at(value), scale.colours(value), status, plots.arm_name(value)) for value, status in dots],
     }
 
 
@@ -251,9 +250,6 @@ def _merged_provenance(rows: Sequence[Row]) -> dict[str, str]:
         text = f"{several[0]} to {several[-1]}" if name == "time" and len(several) > 1 else ", ".join(several[:4])
         merged[name] = text + (f" and {len(several) - 4} more" if len(several) > 4 and name != "time" else "")
     return merged
-
-
-# ---- the file -----------------------------------------------------------------------------------------------------------
 
 
 def _write(path: str | os.PathLike[str], page: Mapping[str, Any]) -> Path:
@@ -282,6 +278,3 @@ def _render(page: Mapping[str, Any]) -> str:
     return environment.from_string(source).render(
         **page, icon=icon, plotly_js=Markup(get_plotlyjs()), payload=lambda plot: Markup(plot.payload)
     )
-
-
-__all__ = ["Plot", "ReportError", "write_figure_page", "write_forecast_page"]

@@ -55,7 +55,9 @@ def make_optimizer(config: dict, parameters) -> torch.optim.Optimizer:
 class Trial:
     """One run's model, optimiser, batches and curve, held so that training can stop and go on."""
 
-    def __init__(self, run: Run, *, data_dir: str | None = None, device: str = "cpu", hooks: Sequence[Hook] = ()) -> None:
+    def __init__(
+        self, run: Run, *, data_dir: str | None = None, device: str = "cpu", hooks: Sequence[Hook] = ()
+    ) -> None:
         config = {**DEFAULTS, **run.config}
         for name in run.config:
             choose(name, tuple(DEFAULTS), "run setting")

@@ -234,14 +234,18 @@ def _copy_of(model: torch.nn.Module) -> dict[str, Any]:
 
 def _generators(loader: Any) -> list[torch.Generator]:
     """The generators a DataLoader shuffles with; none where it uses the global one."""
-    owners = (loader, getattr(loader, "sampler", None), getattr(getattr(loader, "batch_sampler", None), "sampler", None))
+    owners = (
+        loader,
+        getattr(loader, "sampler", None),
+        getattr(getattr(loader, "batch_sampler", None), "sampler", None),
+    )
     found = [getattr(owner, "generator", None) for owner in owners]
     return list({id(item): item for item in found if isinstance(item, torch.Generator)}.values())
 
 
 def _randomness(generators: Sequence[torch.Generator]) -> list[Any]:
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    legacy = np.random.get_state()  # noqa: NPY002 - augmentations of users draw from it
+    legacy = np.random.get_state()
     return [torch.get_rng_state(), cuda, random.getstate(), legacy, [item.get_state() for item in generators]]
 
 
@@ -250,6 +254,6 @@ def _set_randomness(state: list[Any], generators: Sequence[torch.Generator]) -> 
     if state[1]:
         torch.cuda.set_rng_state_all(state[1])
     random.setstate(state[2])
-    np.random.set_state(state[3])  # noqa: NPY002
+    np.random.set_state(state[3])
     for item, value in zip(generators, state[4], strict=True):
         item.set_state(value)

@@ -1,0 +1,445 @@
+"""The forecast against other ways to pick a weight decay: live tasks and logged large runs, one table, JSON beside it.
+
+    DECAYCAST_DATA=<data folder> python bench/truth.py        # the live tasks' truth, about an hour, resumes
+    DECAYCAST_DATA=<data folder> python bench/forecast.py     # forecasts live (a minute or two), peers on the recorded runs
+
+Headline: captured share = (default - picked)/(default - best of grid) of the final validation loss, averaged over the tasks
+whose gap exceeds twice its standard error. A weight decay between grid points is worth what straight-line interpolation in
+log(lambda) of the seed means says, for every method alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import functools
+import gzip
+import json
+import math
+import os
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+import decaycast as dc
+import peers
+from decaycast.core.experiment import Row, Run
+from decaycast.core.measure import COLUMNS
+from decaycast.lab.execute import in_process, processes
+from decaycast.lab.forecasting import effective_rates
+from decaycast.lab.probe import TrialProbe
+from decaycast.lab.provenance import provenance
+from decaycast.lab.store import Store, load_export
+from decaycast.methods.l2.forecast import PRIOR_EFOLDS
+from tasks import Task, tasks
+from truth import RESULTS, objectives
+
+OBJECTIVE = "loss, final"
+REPETITIONS = 30
+LIVE_SEEDS = (100, 101)
+MAX_COST = 0.3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Truth:
+    """Seed means of one task's grid for one objective, lower is better."""
+
+    task: Task
+    rows: dict[float, list[Row]]
+
+    def mean(self, decay: float, objective: str) -> float:
+        """Seed mean at a trained weight decay; a failed run counts as chance level or worse (capped at 5)."""
+        return float(np.mean([min(objectives(row)[objective], 5.0) for row in self.rows[decay]]))
+
+    def at(self, decay: float, objective: str = OBJECTIVE) -> float:
+        """Interpolated seed mean at any weight decay, clipped to the grid's ends."""
+        grid = np.array([value for value in sorted(self.rows) if value > 0])
+        return float(np.interp(math.log(decay), np.log(grid), [self.mean(value, objective) for value in grid]))
+
+    def best(self, objective: str = OBJECTIVE) -> float:
+        """The weight decay of the grid with the best mean."""
+        return min((value for value in self.rows if value > 0), key=lambda value: self.mean(value, objective))
+
+    def gap(self, objective: str = OBJECTIVE) -> tuple[float, float]:
+        """What tuning gains over the default, and its standard error."""
+        best, default = self.best(objective), self.task.default
+        spread = [
+            np.std([objectives(row)[objective] for row in self.rows[value]], ddof=1) ** 2 / len(self.rows[value])
+            for value in (best, default)
+        ]
+        return self.mean(default, objective) - self.mean(best, objective), math.sqrt(sum(spread))
+
+    def captured(self, decay: float, objective: str = OBJECTIVE) -> float:
+        """(default - picked)/(default - best of grid)."""
+        gap, _ = self.gap(objective)
+        return (self.mean(self.task.default, objective) - self.at(decay, objective)) / gap if gap > 0 else math.nan
+
+    def test_points(self, decay: float) -> float:
+        """Test accuracy gained over the default, in percentage points (interpolated like the objective)."""
+        grid = np.array([value for value in sorted(self.rows) if value > 0])
+        accuracy = [np.mean([row.final.get("test_accuracy", 0.1) for row in self.rows[value]]) for value in grid]
+        read = functools.partial(np.interp, xp=np.log(grid), fp=accuracy)
+        return float(100 * (read(math.log(decay)) - read(math.log(self.task.default))))
+
+    def table(self) -> peers.Table:
+        """The grid's validation loss curves for the peers."""
+        grid = self.task.grid
+        first = next(row for row in self.rows[self.task.default] if row.status == "done")
+        at = np.array(first.curve["step"]) / self.task.steps
+        seeds = min(len(self.rows[value]) for value in grid)
+        losses = np.full((len(grid), seeds, len(at)), 5.0)
+        for i, value in enumerate(grid):
+            for s, row in enumerate(self.rows[value][:seeds]):
+                curve = np.minimum(np.nan_to_num(row.curve["validation_loss"], nan=5.0), 5.0)
+                losses[i, s, : len(curve)] = curve
+        return peers.Table(decays=np.array(grid), losses=losses, at=at)
+
+
+def load_truth() -> dict[str, Truth]:
+    """The exported rows, by task."""
+    rows = load_export(RESULTS / "truth.jsonl.gz")
+    found = {}
+    for task in tasks():
+        mine: dict[float, list[Row]] = defaultdict(list)
+        for row in rows:
+            rest = {key: value for key, value in row.run.config.items() if key != "weight_decay"}
+            if rest == task.config:
+                mine[float(row.run.config["weight_decay"])].append(row)  # type: ignore[arg-type]
+        found[task.name] = Truth(task=task, rows={key: sorted(v, key=lambda r: r.run.seed) for key, v in mine.items()})
+    return found
+
+
+def live_forecast(run: Run) -> Row:
+    """One forecast on one task, packed as a row so that the sweep machinery keeps and resumes it."""
+    task = next(task for task in tasks() if task.name == run.config["task"])
+    metric = f"validation_{run.config['metric']}"
+    found = dc.forecast(
+        TrialProbe(task.config, seed=run.seed, metric=metric),
+        task.steps,
+        lr=effective_rates(task.config, None),
+        higher_is_better=run.config["metric"] == "accuracy",
+        max_cost=MAX_COST,
+    )
+    low, high = found.interval
+    final = {
+        "weight_decay": found.weight_decay,
+        "low": low,
+        "high": high,
+        "cost": found.cost,
+        "efolds": found.efolds or 0.0,
+    }
+    return Row(
+        run=run,
+        reason=f"{found.verdict}: {found.reason}",
+        final=final,
+        provenance=provenance(),
+        curve={name: [] for name in COLUMNS},
+    )
+
+
+def live(store_path: str, workers: int) -> list[Row]:
+    """Forecasts of every task, trained for real on seeds outside the grid."""
+    runs = [
+        Run(config={"task": task.name, "metric": metric, "max_cost": MAX_COST, "rule_version": RULE_VERSION}, seed=seed)
+        for metric in ("loss", "accuracy")
+        for task in tasks()
+        for seed in LIVE_SEEDS
+    ]
+    with Store(store_path) as store:
+        from decaycast.lab.sweep import sweep
+
+        return sweep(
+            runs,
+            store,
+            train=live_forecast,
+            execute=processes(workers) if workers > 1 else in_process,
+            on_row=lambda row: print(row.run.config["task"], row.run.seed, row.reason[:70], flush=True),
+        )
+
+
+RULE_VERSION = 1  # raise when the decision rule changes: old forecasts are then made anew
+
+
+def compare_live(truths: dict[str, Truth], rows: list[Row]) -> dict:
+    """Captured share and cost per method over the tasks whose gap counts."""
+    counted = [name for name, truth in truths.items() if truth.gap()[0] > 2 * truth.gap()[1]]
+    picks = {row.run.config["task"]: [] for row in rows}
+    for row in rows:
+        if row.run.config["metric"] == "loss":
+            picks[row.run.config["task"]].append(row)
+    per_task = []
+    for name, truth in truths.items():
+        gap, error = truth.gap()
+        for row in picks[name]:
+            decay = row.final["weight_decay"]
+            per_task.append(
+                {
+                    "task": name,
+                    "seed": row.run.seed,
+                    "counted": name in counted,
+                    "gap": gap,
+                    "gap_stderr": error,
+                    "best": truth.best(),
+                    "picked": decay,
+                    "efolds": row.final["efolds"],
+                    "verdict": row.reason.split(":")[0],
+                    "cost": row.final["cost"],
+                    "captured": truth.captured(decay),
+                    "test_points": truth.test_points(decay),
+                }
+            )
+    methods = {"decaycast forecast": [row for row in per_task if row["counted"]]}
+    summary = {
+        "decaycast forecast": _summary(
+            [r["captured"] for r in methods["decaycast forecast"]],
+            counted,
+            np.mean([r["cost"] for r in per_task]),
+            repeats=len(LIVE_SEEDS),
+        )
+    }
+    tables = {name: truths[name].table() for name in counted}
+    for label, search, cost in searches():
+        shares = []
+        for name in counted:
+            repeats = REPETITIONS if label.startswith(("random", "optuna")) else tables[name].losses.shape[1]
+            shares.append(np.mean([truths[name].captured(search(tables[name], cost, seed)) for seed in range(repeats)]))
+        summary[label] = _summary(shares, counted, cost)
+    for label, efolds in (
+        ("always 1.5 e-folds", 1.5),
+        (f"always {PRIOR_EFOLDS} e-folds (the prior alone)", PRIOR_EFOLDS),
+    ):
+        shares = [truths[name].captured(_at_efolds(truths[name].task, efolds)) for name in counted]
+        summary[label] = _summary(shares, counted, 0.0)
+    summary["always the default"] = _summary([0.0 for _ in counted], counted, 0.0)
+    return {
+        "counted_tasks": counted,
+        "methods": summary,
+        "forecasts": per_task,
+        "other_objectives": other_objectives(truths, rows),
+    }
+
+
+def other_objectives(truths: dict[str, Truth], rows: list[Row]) -> dict:
+    """Captured share when the objective is another one: the forecast made on the loss or on the accuracy."""
+    found = {}
+    for objective in ("loss, final", "loss, best", "error, final", "error, best"):
+        counted = [name for name, truth in truths.items() if truth.gap(objective)[0] > 2 * truth.gap(objective)[1]]
+        for metric in ("loss", "accuracy"):
+            shares = [
+                truths[row.run.config["task"]].captured(row.final["weight_decay"], objective)
+                for row in rows
+                if row.run.config["metric"] == metric and row.run.config["task"] in counted
+            ]
+            found[f"{objective} | forecast on {metric}"] = {"tasks": len(counted), "captured": _mean(shares)}
+    return found
+
+
+def searches() -> list[tuple[str, peers.Search, float]]:
+    """Every peer with its cost in full-run equivalents."""
+    found: list[tuple[str, peers.Search, float]] = []
+    for cost in (1.0, 3.0, 10.0):
+        found += [
+            (f"optuna TPE, {cost:.0f} FRE", peers.tpe, cost),
+            (f"optuna Hyperband (ASHA), {cost:.0f} FRE", peers.asha, cost),
+            (f"random search, {cost:.0f} FRE", peers.random_search, cost),
+        ]
+    return [
+        *found,
+        ("rank 5 arms at 10 %", peers.rank_prefix(0.1), 0.5),
+        ("rank 5 arms at 25 %", peers.rank_prefix(0.25), 1.25),
+    ]
+
+
+def _at_efolds(task: Task, efolds: float) -> float:
+    convention = "sgd" if task.config["optimizer"] == "sgd" else "decoupled"
+    return dc.weight_decay_for(
+        efolds=efolds,
+        lr=task.learning_rates(),
+        steps=task.steps,
+        momentum=float(task.config["momentum"]),
+        convention=convention,
+    )  # type: ignore[arg-type]
+
+
+def _summary(shares: list[float], counted: list[str], cost: float, repeats: int = 1) -> dict:
+    by_task = np.array(shares).reshape(len(counted), -1).mean(1) if repeats > 1 else np.array(shares)
+    error = float(by_task.std(ddof=1) / math.sqrt(len(by_task))) if len(by_task) > 1 else math.nan
+    return {"captured": float(by_task.mean()), "stderr_over_tasks": error, "cost": float(cost)}
+
+
+def _mean(values: list[float]) -> float | None:
+    return float(np.mean(values)) if values else None
+
+
+def algoperf(path: Path) -> dict:
+    """Logged large trainings that differ in weight decay only: a probe reads prefixes and pays for them."""
+    curves = _read_logs(path)
+    rows = []
+    for (workload, study), arms in sorted(curves.items()):
+        longest = max(steps[-1] for steps, _ in arms.values())
+        # a run that died in its first half has no result to compare; it is not offered as a candidate
+        arms = {decay: arm for decay, arm in arms.items() if arm[0][-1] >= longest / 2}
+        budget = int(min(steps[-1] for steps, _ in arms.values()))
+        best = {decay: values[steps <= budget].max() for decay, (steps, values) in arms.items()}
+        worst, top = min(best.values()), max(best.values())
+        for label, pick, cost, verdict in _pickers(arms, budget):
+            regret = (top - best[pick]) / (top - worst) if top > worst else 0.0
+            rows.append(
+                {
+                    "workload": workload,
+                    "study": study,
+                    "method": label,
+                    "picked": pick,
+                    "regret": regret,
+                    "cost": cost,
+                    "verdict": verdict,
+                }
+            )
+    summary = {}
+    for label in dict.fromkeys(row["method"] for row in rows):
+        mine = [row for row in rows if row["method"] == label]
+        by_workload = {
+            name: float(np.mean([row["regret"] for row in mine if row["workload"] == name]))
+            for name in sorted({row["workload"] for row in mine})
+        }
+        summary[label] = {
+            "regret": float(np.mean(list(by_workload.values()))),
+            "cost": float(np.mean([r["cost"] for r in mine])),
+            "by_workload": by_workload,
+        }
+    return {"methods": summary, "rows": rows}
+
+
+def _pickers(arms: dict, budget: int) -> list[tuple[str, float, float, str]]:
+    decays = sorted(arms)
+
+    def probe(decay: float, steps: int) -> tuple[np.ndarray, np.ndarray]:
+        at, values = arms[min(decays, key=lambda value: abs(math.log(value / decay)))]
+        return at[at <= steps], values[at <= steps]
+
+    found = dc.forecast(probe, budget, candidates=decays, max_cost=MAX_COST)
+    nearest = min(decays, key=lambda value: abs(math.log(value / found.weight_decay)))
+    picked = [
+        ("decaycast forecast", nearest, found.cost, found.verdict),
+        ("two-arm crossing, 0.3 FRE", *_crossing(arms, budget), ""),
+    ]
+    for fraction in (0.05, 0.1, 0.25, 0.5):
+        best = max(decays, key=lambda value: arms[value][1][arms[value][0] <= fraction * budget].max(initial=-np.inf))
+        picked.append((f"rank all arms at {fraction:.0%}", best, len(decays) * fraction, ""))
+    for value in (0.01, 0.03, 0.1):
+        picked.append((f"always {value}", min(decays, key=lambda other: abs(math.log(other / value))), 0.0, ""))
+    return picked
+
+
+def _crossing(arms: dict, budget: int) -> tuple[float, float]:
+    """The paper's idea with two arms and no care: where the largest falls behind the next, scaled by 1/t."""
+    decays = sorted(arms)
+    low, high = decays[-2], decays[-1]
+    times = np.linspace(0, 0.15 * budget, 60)[1:]
+    behind = np.interp(times, *arms[high]) < np.interp(times, *arms[low])
+    crossing = times[behind.argmax()] if behind.any() else times[-1]
+    target = math.sqrt(low * high) * crossing / budget
+    return min(decays, key=lambda value: abs(math.log(value / target))), 0.3
+
+
+def _read_logs(path: Path) -> dict:
+    grouped = defaultdict(lambda: defaultdict(list))
+    with gzip.open(path, "rt") as file:
+        for row in csv.DictReader(file):
+            sign = -1.0 if row["metric_name"] == "wer" else 1.0
+            point = (float(row["step"]), sign * float(row["validation_metric"]))
+            grouped[row["workload"], int(row["study"])][float(row["weight_decay"])].append(point)
+    return {
+        key: {decay: tuple(np.array(sorted(points)).T) for decay, points in arms.items()}
+        for key, arms in grouped.items()
+    }
+
+
+def verdicts(live_part: dict, logged: dict) -> dict:
+    """Among forecasts to be trusted, how many were badly wrong: regret, or missing share of the gap, above a quarter."""
+    lived = [1 - row["captured"] for row in live_part["forecasts"] if row["counted"] and row["verdict"] == "trust"]
+    read = [
+        row["regret"] for row in logged["rows"] if row["method"] == "decaycast forecast" and row["verdict"] == "trust"
+    ]
+    both = lived + read
+    return {
+        "trusted": len(both),
+        "bad": sum(value > 0.25 for value in both),
+        "live": len(lived),
+        "logged": len(read),
+        "share_bad": float(np.mean([value > 0.25 for value in both])) if both else math.nan,
+    }
+
+
+def markdown(result: dict) -> str:
+    """The table people read."""
+    lines = [
+        "# Forecast benchmark",
+        "",
+        f"Live tasks counted: {len(result['live']['counted_tasks'])} of {len(tasks())} "
+        "(gap between default and best of grid above twice its standard error).",
+        "",
+        "| method | captured share of the tuning gain | +- (over tasks) | cost, full runs |",
+        "|-|-|-|-|",
+    ]
+    for label, row in result["live"]["methods"].items():
+        lines.append(f"| {label} | {row['captured']:.2f} | {row['stderr_over_tasks']:.2f} | {row['cost']:.2f} |")
+    lines += [
+        "",
+        "| task | seed | gap in validation loss | best lambda | picked | e-folds | verdict | captured | test points |",
+        "|-|-|-|-|-|-|-|-|-|",
+    ]
+    for row in result["live"]["forecasts"]:
+        mark = "" if row["counted"] else " (not counted)"
+        lines.append(
+            f"| {row['task']}{mark} | {row['seed']} | {row['gap']:.4f} +- {row['gap_stderr']:.4f} | {row['best']:.3g} | "
+            f"{row['picked']:.3g} | {row['efolds']:.2f} | {row['verdict']} | {row['captured']:.2f} | {row['test_points']:+.2f} |"
+        )
+    lines += ["", "| objective and what the forecast looked at | tasks counted | captured |", "|-|-|-|"]
+    for label, row in result["live"]["other_objectives"].items():
+        share = "-" if row["captured"] is None else f"{row['captured']:.2f}"
+        lines.append(f"| {label} | {row['tasks']} | {share} |")
+    lines += [
+        "",
+        "Logged large runs (AlgoPerf v0.5 Schedule-Free Prodigy): regret = (best - picked)/(best - worst).",
+        "",
+        "| method | mean regret | cost, full runs | "
+        + " | ".join(next(iter(result["logged"]["methods"].values()))["by_workload"])
+        + " |",
+        "|-|-|-|" + "-|" * len(next(iter(result["logged"]["methods"].values()))["by_workload"]),
+    ]
+    for label, row in result["logged"]["methods"].items():
+        lines.append(
+            f"| {label} | {row['regret']:.3f} | {row['cost']:.2f} | "
+            + " | ".join(f"{v:.2f}" for v in row["by_workload"].values())
+            + " |"
+        )
+    check = result["verdicts"]
+    lines += [
+        "",
+        f"Trusted forecasts: {check['trusted']} ({check['live']} live, {check['logged']} logged), of which "
+        f"{check['bad']} had a regret or a missing share above 0.25.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Run what is missing, compare, write both files."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--store", default="build/forecasts.sqlite")
+    parser.add_argument("--workers", type=int, default=2)
+    args = parser.parse_args()
+    Path(args.store).parent.mkdir(parents=True, exist_ok=True)
+    truths = load_truth()
+    live_part = compare_live(truths, live(args.store, args.workers))
+    logged = algoperf(Path(os.environ["DECAYCAST_DATA"]) / "algoperf" / "weight_decay_runs.csv.gz")
+    result = {"provenance": provenance(), "live": live_part, "logged": logged, "verdicts": verdicts(live_part, logged)}
+    (RESULTS / "forecast.json").write_text(json.dumps(result, indent=1) + "\n")
+    (RESULTS / "forecast.md").write_text(markdown(result))
+    print(markdown(result))
+
+
+if __name__ == "__main__":
+    main()
