@@ -4,8 +4,9 @@
     DECAYCAST_DATA=<data folder> python bench/forecast.py     # forecasts live (a minute or two), peers on the recorded runs
 
 Headline: captured share = (default - picked)/(default - best of grid) of the final validation loss, averaged over the tasks
-whose gap exceeds twice its standard error. A weight decay between grid points is worth what straight-line interpolation in
-log(lambda) of the seed means says, for every method alike.
+whose gap exceeds twice its standard error. Runs are compared with the default's of the same seed (same initial weights, same
+batches). A weight decay between grid points is worth what straight-line interpolation in log(lambda) says, for every method
+alike.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from decaycast.lab.probe import TrialProbe
 from decaycast.lab.provenance import provenance
 from decaycast.lab.store import Store, load_export
 from decaycast.methods.l2.forecast import PRIOR_EFOLDS
-from tasks import Task, tasks
+from tasks import GRID_SEEDS, Task, tasks
 from truth import RESULTS, objectives
 
 OBJECTIVE = "loss, final"
@@ -44,44 +45,49 @@ MAX_COST = 0.3
 
 @dataclass(frozen=True, kw_only=True)
 class Truth:
-    """Seed means of one task's grid for one objective, lower is better."""
+    """One task's grid of full runs; every objective is lower-is-better and compared with the default seed by seed."""
 
     task: Task
     rows: dict[float, list[Row]]
 
-    def mean(self, decay: float, objective: str) -> float:
-        """Seed mean at a trained weight decay; a failed run counts as chance level or worse (capped at 5)."""
-        return float(np.mean([min(objectives(row)[objective], 5.0) for row in self.rows[decay]]))
+    def values(self, decay: float, objective: str) -> dict[int, float]:
+        """Objective by seed at a trained weight decay; a failed run counts as far off (5)."""
+        return {row.run.seed: min(objectives(row)[objective], 5.0) for row in self.rows[decay]}
+
+    def worse(self, decay: float, objective: str = OBJECTIVE) -> np.ndarray:
+        """How much worse than the default, for each seed that both were trained on (same weights and batches)."""
+        mine, default = self.values(decay, objective), self.values(self.task.default, objective)
+        return np.array([mine[seed] - default[seed] for seed in sorted(mine.keys() & default.keys())])
 
     def at(self, decay: float, objective: str = OBJECTIVE) -> float:
-        """Interpolated seed mean at any weight decay, clipped to the grid's ends."""
+        """Mean of `worse` at any weight decay: straight-line interpolation in its logarithm, clipped to the grid's ends."""
         grid = np.array([value for value in sorted(self.rows) if value > 0])
-        return float(np.interp(math.log(decay), np.log(grid), [self.mean(value, objective) for value in grid]))
+        return float(np.interp(math.log(decay), np.log(grid), [self.worse(value, objective).mean() for value in grid]))
 
     def best(self, objective: str = OBJECTIVE) -> float:
-        """The weight decay of the grid with the best mean."""
-        return min((value for value in self.rows if value > 0), key=lambda value: self.mean(value, objective))
+        """The best weight decay of the grid: the first seeds choose the finalists, all seeds decide among them."""
+        finalists = [value for value in self.rows if value > 0 and len(self.rows[value]) > len(GRID_SEEDS)]
+        return min(finalists, key=lambda value: float(self.worse(value, objective).mean()))
 
     def gap(self, objective: str = OBJECTIVE) -> tuple[float, float]:
-        """What tuning gains over the default, and its standard error."""
-        best, default = self.best(objective), self.task.default
-        spread = [
-            np.std([objectives(row)[objective] for row in self.rows[value]], ddof=1) ** 2 / len(self.rows[value])
-            for value in (best, default)
-        ]
-        return self.mean(default, objective) - self.mean(best, objective), math.sqrt(sum(spread))
+        """What tuning gains over the default, and its standard error over paired seeds."""
+        gain = -self.worse(self.best(objective), objective)
+        return float(gain.mean()), float(gain.std(ddof=1) / math.sqrt(len(gain)))
 
     def captured(self, decay: float, objective: str = OBJECTIVE) -> float:
         """(default - picked)/(default - best of grid)."""
         gap, _ = self.gap(objective)
-        return (self.mean(self.task.default, objective) - self.at(decay, objective)) / gap if gap > 0 else math.nan
+        return -self.at(decay, objective) / gap if gap > 0 else math.nan
 
     def test_points(self, decay: float) -> float:
-        """Test accuracy gained over the default, in percentage points (interpolated like the objective)."""
-        grid = np.array([value for value in sorted(self.rows) if value > 0])
-        accuracy = [np.mean([row.final.get("test_accuracy", 0.1) for row in self.rows[value]]) for value in grid]
-        read = functools.partial(np.interp, xp=np.log(grid), fp=accuracy)
-        return float(100 * (read(math.log(decay)) - read(math.log(self.task.default))))
+        """Test accuracy gained over the default, in percentage points (paired and interpolated like the objective)."""
+
+        def accuracy(value: float) -> dict[int, float]:
+            return {row.run.seed: row.final.get("test_accuracy", 0.1) for row in self.rows[value]}
+
+        grid, default = [value for value in sorted(self.rows) if value > 0], accuracy(self.task.default)
+        gains = [np.mean([a - default[s] for s, a in accuracy(value).items() if s in default]) for value in grid]
+        return float(100 * np.interp(math.log(decay), np.log(grid), gains))
 
     def table(self) -> peers.Table:
         """The grid's validation loss curves for the peers."""
@@ -183,6 +189,8 @@ def compare_live(truths: dict[str, Truth], rows: list[Row]) -> dict:
                     "gap_stderr": error,
                     "best": truth.best(),
                     "picked": decay,
+                    "low": row.final["low"],
+                    "high": row.final["high"],
                     "efolds": row.final["efolds"],
                     "verdict": row.reason.split(":")[0],
                     "cost": row.final["cost"],

@@ -26,6 +26,7 @@ from decaycast.lab.audit import parameter_table
 from decaycast.lab.forecasting import Request, Result, find_weight_decay, recipe_config
 from decaycast.lab.store import Store
 from decaycast.lab.trial import OPTIMIZERS, RULES, make_optimizer, train_run
+from decaycast.methods.l2.forecast import PRIOR_EFOLDS
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Regularisation that tunes itself, for PyTorch.")
 out = Console()
@@ -91,9 +92,11 @@ def find(
     with _progress(as_json) as progress:
         task = progress.add_task("probing", total=max(1, round(budget * max_cost)), note="")
 
+        done: dict[float, int] = {}
+
         def show(weight_decay: float, row: dict[str, float]) -> None:
-            progress.update(task, note=f"lambda {weight_decay:.3g}  {_numbers(row)}")
-            progress.advance(task, 0)
+            done[weight_decay] = int(row["step"])
+            progress.update(task, completed=sum(done.values()), note=f"lambda {weight_decay:.3g}  {_numbers(row)}")
 
         result = find_weight_decay(request, on_row=show, say=lambda text: progress.update(task, description=text))
     out.print_json(json.dumps(result.to_dict())) if as_json else _print_result(result)
@@ -172,9 +175,9 @@ def audit(
     tau = "infinite" if found.tau is None else f"{found.tau:.3g} of the run"
     out.print(f"[bold]{found.efolds:.3g} e-folds[/] of decay over {steps} steps; relaxation time {tau}")
     out.print(found.advice)
-    out.print(
-        f"zero-cost guess: weight decay {found.usual_weight_decay:.3g} would spend 1.3 e-folds; `decaycast find` measures"
-    )
+    if found.usual_weight_decay is not None:
+        guess = f"weight decay {found.usual_weight_decay:.3g} would spend {PRIOR_EFOLDS} e-folds"
+        out.print(f"zero-cost guess: {guess}; `decaycast find` measures")
     if rows:
         table = Table("parameter", "shape", "kind", "weight decay")
         for row in rows:
@@ -199,16 +202,17 @@ def main() -> None:
     """Entry point: known errors become one line on stderr and exit code 2, Ctrl-C becomes 130."""
     try:
         app()
-    except KeyboardInterrupt:
-        notes.print("interrupted; finished runs are kept, and the same command goes on from them")
-        raise SystemExit(130) from None
+    except SystemExit as ended:
+        if ended.code == 130:  # typer has turned Ctrl-C into this
+            notes.print("interrupted; finished runs are kept, and the same command goes on from them", soft_wrap=True)
+        raise
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         _fail(error)
 
 
 def _fail(error: Exception) -> NoReturn:
     notes.print(f"[bold red]error:[/] {type(error).__name__}: ", end="")
-    notes.print(str(error), markup=False, highlight=False)
+    notes.print(" ".join(str(error).split()), markup=False, highlight=False, soft_wrap=True)
     raise SystemExit(2) from None
 
 
@@ -231,7 +235,7 @@ def _config(
         model=model,
         optimizer=optimizer,
         lr=_positive("learning rate", rate),
-        momentum=momentum if optimizer == "sgd" else 0.0,
+        momentum=_momentum(momentum) if optimizer == "sgd" else 0.0,
         schedule=schedule,
         steps=budget,
         batch_size=batch_size,
@@ -241,6 +245,12 @@ def _config(
 def _positive(what: str, value: float, *, zero: bool = False) -> float:
     if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
         raise ValueError(f"the {what} must be a finite number {'>= 0' if zero else '> 0'}, got {value}")
+    return value
+
+
+def _momentum(value: float) -> float:
+    if not 0 <= value < 1:
+        raise ValueError(f"the momentum must be in [0, 1), got {value}")
     return value
 
 

@@ -15,7 +15,9 @@ from decaycast.core.measure import check_labels, evaluate, measuring_steps
 
 def batch_norm_model() -> torch.nn.Sequential:
     torch.manual_seed(0)
-    return torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.Dropout(), torch.nn.Linear(8, 3))
+    return torch.nn.Sequential(
+        torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.Dropout(), torch.nn.Linear(8, 3)
+    )
 
 
 def samples(count: int, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:

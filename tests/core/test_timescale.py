@@ -340,7 +340,9 @@ def test_a_learning_rate_of_zero():
     assert dc.efolds(lr=0.0, weight_decay=0.1, steps=4) == 0.0
     with pytest.raises(ValueError, match="zero at every step, so no weight decay has an effect"):
         dc.weight_decay_for(efolds=1.0, lr=0.0, steps=4)
-    with pytest.raises(ValueError, match="'relative' divides by a learning rate that is zero; start from a positive lr"):
+    with pytest.raises(
+        ValueError, match="'relative' divides by a learning rate that is zero; start from a positive lr"
+    ):
         dc.efolds(lr=[0.0, 0.1], weight_decay=0.1, steps=2, convention="relative")
     with pytest.raises(ValueError, match="'corrected' divides by a learning rate that is zero"):
         dc.efolds(lr=0.0, weight_decay=0.1, steps=2, convention="corrected")

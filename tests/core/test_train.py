@@ -83,9 +83,14 @@ def test_it_is_the_loop_one_would_write(kind: str):
 def test_rows_have_the_fixed_columns_and_count_efolds():
     model = network()
     rows = train(
-        model, endless(data()), functional.cross_entropy, optimizer_of(model), stop=20, measure_at=range(1, 21),
+        model,
+        endless(data()),
+        functional.cross_entropy,
+        optimizer_of(model),
+        stop=20,
+        measure_at=range(1, 21),
         lr_schedule=cosine(20),
-    )  # fmt: skip
+    )
     assert all(tuple(row) == COLUMNS for row in rows)
     rates = [0.1 * cosine(20)(step) for step in range(20)]
     for steps in (1, 7, 20):
@@ -105,9 +110,15 @@ def test_efolds_follow_a_decay_that_a_hook_changes():
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.01)
     (row,) = train(
-        model, endless(data()), functional.cross_entropy, optimizer, stop=30, hooks=[Halve()], measure_at=[30],
+        model,
+        endless(data()),
+        functional.cross_entropy,
+        optimizer,
+        stop=30,
+        hooks=[Halve()],
+        measure_at=[30],
         efolds_spent=2.0,
-    )  # fmt: skip
+    )
     assert row["efolds"] == pytest.approx(2.0 + 10 * 0.001 + 20 * 0.0005, rel=1e-12)
 
 
@@ -153,9 +164,14 @@ def test_measuring_does_not_disturb_training():
         model = network(dropout=0.5)
         torch.manual_seed(11)
         train(
-            model, endless(data()), functional.cross_entropy, optimizer_of(model), stop=20,
-            evaluate=validate, measure_at=measure_at,
-        )  # fmt: skip
+            model,
+            endless(data()),
+            functional.cross_entropy,
+            optimizer_of(model),
+            stop=20,
+            evaluate=validate,
+            measure_at=measure_at,
+        )
         return model
 
     measured, bare = trained(range(1, 21)), trained([])
@@ -183,9 +199,15 @@ def test_hooks_see_every_step_before_the_update_and_every_measurement():
     model = network(norm=False)
     first = float(model[0].weight.detach()[0, 0])
     rows = train(
-        model, endless(data()), functional.cross_entropy, optimizer_of(model), start=4, stop=6, hooks=[Watch()],
+        model,
+        endless(data()),
+        functional.cross_entropy,
+        optimizer_of(model),
+        start=4,
+        stop=6,
+        hooks=[Watch()],
         measure_at=[6],
-    )  # fmt: skip
+    )
     assert [entry[:2] for entry in log] == [("batch", 4), ("step", 4), ("batch", 5), ("step", 5), ("measure", 6)]
     assert log[1][2] == first  # not yet updated
     assert log[3][2] != first
@@ -199,9 +221,14 @@ def test_a_learning_rate_tensor_is_written_in_place():
     rate = torch.tensor(0.1)
     optimizer = torch.optim.SGD(model.parameters(), lr=rate, weight_decay=0.01)
     (row,) = train(
-        model, endless(data()), functional.cross_entropy, optimizer, stop=10, lr_schedule=lambda step: 0.5**step,
+        model,
+        endless(data()),
+        functional.cross_entropy,
+        optimizer,
+        stop=10,
+        lr_schedule=lambda step: 0.5**step,
         measure_at=[10],
-    )  # fmt: skip
+    )
     assert optimizer.param_groups[0]["lr"] is rate
     assert float(rate) == pytest.approx(0.1 * 0.5**9)
     assert row["efolds"] == pytest.approx(sum(0.001 * 0.5**step for step in range(10)), rel=1e-5)
@@ -223,7 +250,9 @@ def test_a_loss_that_is_not_finite_ends_the_training_with_what_was_measured(valu
         loss = functional.cross_entropy(output, target)
         return loss * value if next(calls) >= 19 else loss
 
-    with pytest.raises(DivergedError, match=f"the training loss is {value} at step 19; lower the learning rate") as caught:
+    with pytest.raises(
+        DivergedError, match=f"the training loss is {value} at step 19; lower the learning rate"
+    ) as caught:
         train(model, endless(data()), loss_fn, optimizer_of(model), stop=50, measure_at=[5, 10, 20, 30])
     assert caught.value.step == 19
     assert [row["step"] for row in caught.value.rows] == [5.0, 10.0]
@@ -247,7 +276,9 @@ def test_labels_out_of_range_are_refused_before_any_update():
 
 def test_an_empty_loader_is_refused():
     model = network()
-    with pytest.raises(ValueError, match="the training loader is empty: it yields no batch; check the data set and drop"):
+    with pytest.raises(
+        ValueError, match="the training loader is empty: it yields no batch; check the data set and drop"
+    ):
         train(model, endless([]), functional.cross_entropy, optimizer_of(model), stop=5)
 
 
@@ -288,15 +319,24 @@ def test_mixed_precision_context_and_scaler_are_used():
     before = weights(model)
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     train(
-        model, endless(data(dtype=torch.float32)), loss_fn, optimizer, stop=3, scaler=scaler,
+        model,
+        endless(data(dtype=torch.float32)),
+        loss_fn,
+        optimizer,
+        stop=3,
+        scaler=scaler,
         autocast=lambda: torch.autocast("cpu", dtype=torch.bfloat16),
-    )  # fmt: skip
+    )
     assert set(dtypes) == {torch.bfloat16}
     assert not same(before, weights(model))
     twin = network().float()
     optimizer = torch.optim.SGD(twin.parameters(), lr=0.1)
     train(
-        twin, endless(data(dtype=torch.float32)), loss_fn, optimizer, stop=3,
+        twin,
+        endless(data(dtype=torch.float32)),
+        loss_fn,
+        optimizer,
+        stop=3,
         autocast=lambda: torch.autocast("cpu", dtype=torch.bfloat16),
-    )  # fmt: skip
+    )
     assert same(weights(model), weights(twin))  # the scale is a power of two: it leaves no trace

@@ -93,7 +93,7 @@ def forecast(**changes: object) -> Forecast:
         efolds=RATE * 1.25e-3,
         cost=0.28,
         budget_steps=20_000,
-        metric="validation_loss",
+        metric="validation loss",
         higher_is_better=False,
         arms=arms,
         rate_per_decay=RATE,

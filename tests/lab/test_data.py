@@ -164,7 +164,11 @@ def test_a_missing_scikit_learn_is_named(monkeypatch):
             lambda raw: gzip.compress(idx(images(4, 0)[1])),
             r"no IDX file of 3 dimensions \(wrong magic number 00000801\)",
         ),
-        (TRAIN_IMAGES, lambda raw: gzip.compress(gzip.decompress(raw)[:-100]), "31260 bytes of data .* says 31360: tru"),
+        (
+            TRAIN_IMAGES,
+            lambda raw: gzip.compress(gzip.decompress(raw)[:-100]),
+            "31260 bytes of data .* says 31360: tru",
+        ),
         (TRAIN_IMAGES, lambda raw: gzip.compress(gzip.decompress(raw) + b"\0"), "holds 31361 bytes .* says 31360"),
         (TRAIN_IMAGES, lambda raw: gzip.compress(gzip.decompress(raw)[:9]), "ends after 9 bytes, inside its header"),
         (TRAIN_IMAGES, lambda raw: gzip.compress(gzip.decompress(raw)[:12]), "ends after 12 bytes"),
@@ -264,7 +268,9 @@ def test_offline_the_advice_names_folder_and_layout(tmp_path: Path, monkeypatch)
         raise OSError("no route to host")
 
     monkeypatch.setattr("sklearn.datasets.fetch_openml", fetch_openml)
-    message = "could not be downloaded .no route to host.; looked in .*put the published files into <data folder>/mnist/"
+    message = (
+        "could not be downloaded .no route to host.; looked in .*put the published files into <data folder>/mnist/"
+    )
     with pytest.raises(data.DataError, match=message) as caught:
         data.load("mnist", data_dir=tmp_path)
     assert str(tmp_path) in str(caught.value)
@@ -289,7 +295,11 @@ def test_availability_says_what_is_there(folder: Path):
     found = {entry.name: entry for entry in data.availability(folder)}
     assert tuple(found) == data.NAMES
     assert found["digits"].status == "embedded"
-    assert (found["mnist"].status, found["mnist"].where, found["mnist"].advice) == ("present", str(folder / "mnist"), "")
+    assert (found["mnist"].status, found["mnist"].where, found["mnist"].advice) == (
+        "present",
+        str(folder / "mnist"),
+        "",
+    )
     assert found["fashion_mnist"].status == "missing"
     assert "<data folder>/fashion-mnist/" in found["fashion_mnist"].advice
 
@@ -313,7 +323,10 @@ def test_an_unknown_data_set_gets_the_nearest():
     [
         ({"train_size": 0}, "train_size must be at least 1, got 0"),
         ({"validation_size": -2}, "validation_size must be at least 1, got -2"),
-        ({"train_size": 30, "validation_size": 11}, r"mnist has 40 samples .* but 30 \+ 11 were asked for; lower train_s"),
+        (
+            {"train_size": 30, "validation_size": 11},
+            r"mnist has 40 samples .* but 30 \+ 11 were asked for; lower train_s",
+        ),
         ({"train_size": 41}, "mnist has 40 samples"),
     ],
 )
@@ -358,7 +371,11 @@ def test_batches_of_nothing_are_refused():
 
 @pytest.mark.parametrize(
     ("name", "first_labels", "pixel_mean"),
-    [("mnist", [5, 0, 4, 1, 9], 0.1307), ("fashion_mnist", [9, 0, 0, 3, 0], 0.2860), ("cifar10", [6, 9, 9, 4, 1], 0.4734)],
+    [
+        ("mnist", [5, 0, 4, 1, 9], 0.1307),
+        ("fashion_mnist", [9, 0, 0, 3, 0], 0.2860),
+        ("cifar10", [6, 9, 9, 4, 1], 0.4734),
+    ],
 )
 @pytest.mark.skipif(not REAL, reason=f"{data.ENVIRONMENT} is not set")
 def test_the_published_data(name: str, first_labels: list[int], pixel_mean: float):

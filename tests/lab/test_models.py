@@ -85,7 +85,9 @@ def test_the_examples_are_names(name: str):
     assert any(pattern.fullmatch(name) for pattern in models.PATTERNS.values())
 
 
-@pytest.mark.parametrize(("name", "nearest"), [("wrn-28", "wrn-28-10"), ("mpl", "mlp"), ("CNN", "cnn"), ("cnn_bn", "cnn-bn")])
+@pytest.mark.parametrize(
+    ("name", "nearest"), [("wrn-28", "wrn-28-10"), ("mpl", "mlp"), ("CNN", "cnn"), ("cnn_bn", "cnn-bn")]
+)
 def test_an_unknown_network_gets_the_nearest(name: str, nearest: str):
     with pytest.raises(ValueError, match=f"unknown model '{name}'; did you mean '{nearest}'"):
         models.build(name, IMAGE, 10, seed=0)
@@ -98,5 +100,7 @@ def test_a_wrns_depth_is_6n_plus_4(name: str):
 
 
 def test_images_too_small_for_the_cnn_are_refused():
-    with pytest.raises(ValueError, match="images of side 8 are too small for this CNN, which needs at least 10; use an"):
+    with pytest.raises(
+        ValueError, match="images of side 8 are too small for this CNN, which needs at least 10; use an"
+    ):
         models.build("cnn", (1, 8, 8), 10, seed=0)

@@ -15,11 +15,11 @@ from html.parser import HTMLParser
 from urllib.parse import unquote
 
 import pytest
+from tests.lab import page_samples as samples
 
 from decaycast.core.experiment import Panel, Row, Trace
 from decaycast.lab import plots
 from decaycast.lab.report import ReportError, write_figure_page, write_forecast_page
-from tests.lab import page_samples as samples
 
 LIMIT = 6_000_000
 LOADING = {"src", "srcset", "data", "action", "poster", "background", "formaction"}
@@ -106,6 +106,7 @@ def test_forecast_page_says_what_was_forecast(tmp_path):
         "0123456789abcdef0123456789abcdef01234567-dirty",
     ):
         assert said in page.text, said
+    assert page.text.count("The forecast is made from this metric.") == 1
 
 
 def test_forecast_page_draws_loss_and_accuracy_against_both_axes_in_the_same_colours(tmp_path):
@@ -313,6 +314,13 @@ def test_user_text_never_becomes_markup(tmp_path):
     assert "<" not in page.payloads[2]["figure"]["layout"]["yaxis"]["title"]["text"]  # plotly reads tags too
 
 
+def test_a_payload_cannot_close_its_script_element():
+    plot = plots.panel_plot(Panel(title="p", x_label="x", y_label="y", traces=[Trace(name="t", x=[1], y=[2])]))
+    payload = replace(plot, views=({"label": "<!--" + samples.EVIL},)).payload
+    assert "<" not in payload
+    assert json.loads(payload)["views"][0]["label"] == "<!--" + samples.EVIL
+
+
 def test_figure_text_never_becomes_markup(tmp_path):
     clean = figure_page(tmp_path)
     figure = samples.SampleFigure()
@@ -324,7 +332,9 @@ def test_figure_text_never_becomes_markup(tmp_path):
         )
         for panel in figure.draw([])
     ]  # fmt: skip
-    rows = [replace(row, provenance={name: samples.EVIL for name in samples.PROVENANCE}) for row in figure.rows(samples.EVIL)]
+    rows = [
+        replace(row, provenance=dict.fromkeys(samples.PROVENANCE, samples.EVIL)) for row in figure.rows(samples.EVIL)
+    ]
     figure.panels = hostile
     page = figure_page(tmp_path, figure, rows)
     assert_loads_nothing(page)

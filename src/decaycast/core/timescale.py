@@ -29,7 +29,7 @@ import numpy as np
 
 from decaycast.core.names import choose
 
-LearningRate = float | Sequence[float] | Callable[[int], float]
+LearningRate = float | Sequence[float] | np.ndarray | Callable[[int], float]
 CONVENTIONS = ("sgd", "decoupled", "relative", "corrected")
 
 

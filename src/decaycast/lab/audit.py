@@ -22,8 +22,8 @@ class Audit:
     efolds: float
     tau: float | None
     advice: str
-    usual_weight_decay: float
-    """The weight decay that would spend `PRIOR_EFOLDS`, the zero-cost guess."""
+    usual_weight_decay: float | None
+    """The weight decay that would spend `PRIOR_EFOLDS`, the zero-cost guess; None where momentum cannot shrink that fast."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
@@ -40,8 +40,14 @@ def audit(
         efolds=spent,
         tau=1 / spent if spent > 0 else None,
         advice=_advice(spent),
-        usual_weight_decay=weight_decay_for(efolds=PRIOR_EFOLDS, **recipe),
+        usual_weight_decay=_usual(recipe),
     )
+
+
+def _usual(recipe: dict[str, Any]) -> float | None:
+    if 0 < efolds(weight_decay=1e100, **recipe) <= PRIOR_EFOLDS:
+        return None
+    return weight_decay_for(efolds=PRIOR_EFOLDS, **recipe)
 
 
 def _advice(spent: float) -> str:

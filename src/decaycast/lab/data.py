@@ -14,7 +14,7 @@ import zlib
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -192,7 +192,7 @@ def _digits() -> tuple[Arrays, Arrays]:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise DataError("the digits data come with scikit-learn: pip install 'decaycast[lab]'") from error
-    data = load_digits()
+    data: Any = load_digits()
     order = np.random.default_rng(1797).permutation(len(data.target))
     images = np.round(data.images * (255 / 16)).astype(np.uint8)[order][:, None]
     labels = data.target[order]
@@ -280,7 +280,7 @@ def _download(name: str, data_dir: str | Path | None) -> tuple[Arrays, Arrays]:
     try:
         from sklearn.datasets import fetch_openml
 
-        fetched = fetch_openml(_OPENML[name], version=1, as_frame=False, parser="liac-arff")
+        fetched: Any = fetch_openml(_OPENML[name], version=1, as_frame=False, parser="liac-arff")
     except ImportError as error:
         raise DataError(f"{name} was not found: {_advice(name, data_dir)} (pip install 'decaycast[lab]')") from error
     except OSError as error:

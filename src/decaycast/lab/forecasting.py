@@ -73,7 +73,12 @@ def find_weight_decay(
     say: Callable[[str], None] = lambda text: None,
 ) -> Result:
     """Forecast, verify when asked, write the page. Interrupted, it resumes from the store in `request.out`."""
-    request.out.mkdir(parents=True, exist_ok=True)
+    try:
+        request.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(
+            f"cannot make the output folder {request.out}: {error.strerror}; choose one you can write to (--out)"
+        ) from error
     metric = f"validation_{request.metric}"
     rates = effective_rates(request.config, request.data_dir)
     with Store(request.out / "rows.sqlite") as store:
@@ -121,9 +126,8 @@ def recipe(config: dict[str, Scalar], found: Forecast) -> str:
     if config["schedule"] == "cosine":
         lines.append(f"scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max={steps})")
     elif config["schedule"] != "constant":
-        lines.append(
-            f"scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, by_name({config['schedule']!r}, {steps}))"
-        )
+        lines.append(f"multiplier = decaycast.core.schedule.by_name({config['schedule']!r}, {steps})")
+        lines.append("scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, multiplier)")
     lines.append(
         f"# {found.efolds:.3g} e-folds over {steps} steps of batch size {config['batch_size']}; verdict: {found.verdict}"
     )

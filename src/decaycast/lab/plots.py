@@ -142,13 +142,13 @@ def curve_plots(forecast: Forecast, curves: Mapping[float, Mapping[str, Sequence
     """
     if not curves:
         curves = {arm.weight_decay: _arm_columns(forecast, arm) for arm in forecast.arms if arm.steps}
-    metrics = dict.fromkeys(("validation_loss", "validation_accuracy", forecast.metric))
+    metrics = dict.fromkeys(("validation_loss", "validation_accuracy", forecast.metric.replace(" ", "_")))
     plots = [_curve_plot(metric, curves, forecast, scale) for metric in metrics]
     return [plot for plot in plots if plot is not None]
 
 
 def _arm_columns(forecast: Forecast, arm: Any) -> dict[str, Sequence[float]]:
-    columns: dict[str, Sequence[float]] = {"step": arm.steps, forecast.metric: arm.values}
+    columns: dict[str, Sequence[float]] = {"step": arm.steps, forecast.metric.replace(" ", "_"): arm.values}
     if forecast.rate_per_decay is not None and forecast.budget_steps:
         # Exact for a constant learning rate only, so the page takes the measured column wherever there is one.
         per_step = forecast.rate_per_decay * arm.weight_decay / forecast.budget_steps
@@ -200,7 +200,7 @@ def _efold_view(x: list[list[float | None]], forecast: Forecast) -> dict[str, An
 def _curve_caption(metric: str, forecast: Forecast, thinned: bool, *, cut: bool) -> str:
     ends = [arm.steps[-1] for arm in forecast.arms if arm.steps]
     parts = [f"The arms stop at step {max(ends):,.0f}; the full run has {forecast.budget_steps:,}."] if ends else []
-    if metric == forecast.metric:
+    if metric.replace("_", " ") == forecast.metric.replace("_", " "):
         parts.append("The forecast is made from this metric.")
     if cut:
         parts.append("The steep beginning is cut off; double-click the plot for the whole range.")

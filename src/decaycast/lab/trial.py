@@ -72,7 +72,7 @@ class Trial:
         self.batches = data.batches(inputs, target, config["batch_size"], run.seed)
         self.schedule = by_name(config["schedule"], config["steps"])
         self.measure_at = measuring_steps(config["steps"], config["points"])
-        self.step, self.rows = 0, []
+        self.step, self.efolds, self.rows = 0, 0.0, []
 
     def advance(self, stop: int, on_row: Callable[[dict[str, float]], None] | None = None) -> None:
         """Train on to `stop` optimiser steps in all; a step already passed is no error and does nothing.
@@ -89,6 +89,8 @@ class Trial:
                     on_row(self.rows[-1])
 
     def _train_to(self, stop: int) -> None:
+        if self.rows and int(self.rows[-1]["step"]) not in self.measure_at:
+            self.rows.pop()  # measured only because training paused there: where it pauses must not show in the curve
         self.rows += train(
             self.model,
             self.batches,
@@ -100,9 +102,9 @@ class Trial:
             hooks=self.hooks,
             evaluate=self._validate,
             measure_at=(stop,),
-            efolds_spent=self.rows[-1]["efolds"] if self.rows else 0.0,
+            efolds_spent=self.efolds,
         )
-        self.step = stop
+        self.step, self.efolds = stop, self.rows[-1]["efolds"]
 
     def curve(self) -> dict[str, list[float]]:
         """What was measured so far, by column."""

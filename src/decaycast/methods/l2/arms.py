@@ -13,6 +13,7 @@ from typing import Literal
 
 import numpy as np
 
+from decaycast.core.schedule import whole
 from decaycast.core.timescale import LearningRate, learning_rates
 
 Probe = Callable[[float, int], tuple[Sequence[float], Sequence[float]]]
@@ -54,11 +55,10 @@ class Plan:
         cls, budget_steps: int, lr: LearningRate | None, candidates: Sequence[float] | None, max_cost: float
     ) -> Plan:
         """A plan from `forecast`'s arguments; raises ValueError for those out of range."""
-        if isinstance(budget_steps, bool) or int(budget_steps) != budget_steps or budget_steps < 10:
-            raise ValueError(f"budget_steps must be a whole number >= 10, got {budget_steps!r}")
+        budget_steps = whole("budget_steps", budget_steps, least=10)
         if not 0 < max_cost <= 1:
             raise ValueError(f"max_cost must be in (0, 1] full-run equivalents, got {max_cost}")
-        rates = learning_rates(1.0 if lr is None else lr, int(budget_steps))
+        rates = learning_rates(1.0 if lr is None else lr, budget_steps)
         if rates.sum() == 0:
             raise ValueError("the learning rate is zero at every step: nothing would train")
         options = None
@@ -67,7 +67,7 @@ class Plan:
             if len(options) < 2 or not np.isfinite(options).all() or options[0] <= 0:
                 raise ValueError(f"candidates must be at least two different positive weight decays, got {candidates}")
         return cls(
-            budget_steps=int(budget_steps),
+            budget_steps=budget_steps,
             clock=rates.cumsum(),
             known_rate=lr is not None,
             candidates=options,
@@ -82,7 +82,8 @@ class Plan:
     def remaining(self, step: float) -> float:
         """ln(S(T)/S(t)): how far the clock still has to run after `step`, in natural logarithms."""
         index = min(max(int(step), 1), self.budget_steps) - 1
-        return float(np.log(self.clock[-1] / self.clock[index]))
+        begun = self.clock[self.clock > 0][0]  # a warm-up from zero: the clock stands still in the first steps
+        return float(np.log(self.clock[-1] / max(self.clock[index], begun)))
 
     @property
     def prior(self) -> tuple[float, float]:
@@ -118,6 +119,10 @@ class Plan:
         rungs = self.expected_best(horizon) + math.log(SPACING) * np.arange(-12, 13)
         return rungs[(rungs >= low - 1e-9) & (rungs <= high + 1e-9)]
 
+    def decay_of(self, log_decay: float) -> float:
+        """The weight decay of an arm; a candidate comes back as the very number given, so that it can be looked up."""
+        return float(f"{math.exp(log_decay):.12g}") if self.candidates is None else self.snap(log_decay)
+
     def snap(self, log_decay: float) -> float:
         """The answerable weight decay nearest in logarithm."""
         low, high = self.bounds
@@ -148,9 +153,8 @@ class Arms:
         """Train the arm up to `steps` in all (a failed arm stays as it is)."""
         if log_decay in self.failed or self.paid.get(log_decay, 0) >= steps:
             return
-        weight_decay = float(f"{math.exp(log_decay):.12g}")
         try:
-            raw_steps, raw_values = self.probe(weight_decay, steps)
+            raw_steps, raw_values = self.probe(self.plan.decay_of(log_decay), steps)
         except FloatingPointError as error:
             self.failed[log_decay] = str(error) or "diverged"
             self.paid[log_decay] = steps
@@ -207,7 +211,7 @@ class Arms:
         """The arms as they are reported, ascending in weight decay."""
         return tuple(
             Arm(
-                weight_decay=float(f"{math.exp(x):.12g}"),
+                weight_decay=self.plan.decay_of(x),
                 steps=tuple(self.curves[x][0].tolist()),
                 values=tuple((self.sign * self.curves[x][1]).tolist()),
                 status="failed" if x in self.failed else "ok",

@@ -19,6 +19,7 @@ import torch
 
 from decaycast.core.measure import Loss, evaluate, measuring_steps
 from decaycast.core.names import choose
+from decaycast.core.schedule import whole
 from decaycast.core.timescale import group_rate
 from decaycast.core.train import DivergedError, endless, train
 from decaycast.methods.l2.forecast import Forecast, forecast
@@ -68,13 +69,19 @@ def find(
     Source: Lewkowycz & Gur-Ari 2020, sec. 2 (one short run predicts); arms, drift and prior as in `forecast`.
     """
     choose(metric, METRICS, "metric")
-    rates = _effective_rates(model, make_optimizer, lr_schedule, budget_steps)
+    budget_steps = whole("budget_steps", budget_steps, least=10)
+    for name, loader in (("train_loader", train_loader), ("val_loader", val_loader)):
+        if isinstance(loader, Iterator):
+            raise ValueError(
+                f"{name} is an iterator, which can be gone through only once, but every arm starts from its beginning; "
+                "give the loader itself"
+            )
     bench = _Bench(model, make_optimizer, loss_fn, train_loader, val_loader, lr_schedule, amp_dtype, budget_steps)
     try:
         return forecast(
             bench.probe(metric),
             budget_steps,
-            lr=rates,
+            lr=_effective_rates(model, make_optimizer, lr_schedule, budget_steps),
             candidates=candidates,
             higher_is_better=metric == "accuracy",
             max_cost=max_cost,
@@ -91,18 +98,19 @@ def _effective_rates(
     budget_steps: int,
 ) -> np.ndarray:
     """Shrink per step and unit of weight decay, shape (budget_steps,): what `forecast` calls the learning rate."""
-    optimizer = make_optimizer(model, _REFERENCE_DECAY)
-    decaying = [group for group in optimizer.param_groups if float(group.get("weight_decay", 0.0)) > 0]
-    if not decaying:
+    optimizer, other = (make_optimizer(model, decay) for decay in (_REFERENCE_DECAY, 2 * _REFERENCE_DECAY))
+    if optimizer is other:
+        raise ValueError("make_optimizer handed out the same optimiser twice; build a new one at each call")
+    groups = list(zip(optimizer.param_groups, other.param_groups, strict=True))
+    # per unit of what make_optimizer is given, which it may scale, or keep from some groups
+    rate = max(group_rate(other, twice) - group_rate(optimizer, group) for group, twice in groups) / _REFERENCE_DECAY
+    if rate <= 0:
         raise ValueError(
-            "make_optimizer(model, weight_decay) returned an optimiser without any decaying parameter group; pass "
-            "weight_decay on to the groups that should decay"
+            "make_optimizer(model, weight_decay) gives no parameter group a shrink rate that depends on weight_decay; pass "
+            "it on to the groups that should decay, with lr > 0"
         )
-    rate = max(group_rate(optimizer, group) / float(group["weight_decay"]) for group in decaying)
-    if isinstance(budget_steps, bool) or int(budget_steps) != budget_steps or budget_steps < 10:
-        raise ValueError(f"budget_steps must be a whole number >= 10, got {budget_steps!r}")
     schedule = lr_schedule or (lambda step: 1.0)
-    return rate * np.array([float(schedule(step)) for step in range(int(budget_steps))])
+    return rate * np.array([float(schedule(step)) for step in range(budget_steps)])
 
 
 class _Arm:
@@ -160,7 +168,7 @@ class _Bench:
 
     def restore(self) -> None:
         """Put back weights, buffers, modes, gradients, and every random generator."""
-        self.model.load_state_dict(self.initial_weights)
+        self._load(self.initial_weights)
         for module, mode in self.initial_modes:
             module.training = mode
         for parameter, grad in self.initial_grads:
@@ -176,19 +184,21 @@ class _Bench:
         if arm is None:
             arm = self._new_arm(weight_decay)
         else:
-            self.model.load_state_dict(arm.weights)
+            self._load(arm.weights)
             _set_randomness(arm.randomness, self.generators)
         self.active = arm
         return arm
 
     def _new_arm(self, weight_decay: float) -> _Arm:
-        self.model.load_state_dict(self.initial_weights)
+        self._load(self.initial_weights)
         _set_randomness(self.initial_randomness, self.generators)
+        for parameter, _ in self.initial_grads:
+            parameter.grad = None  # or backward would add to the caller's gradients where the optimiser zeroes none
         optimizer = self.make_optimizer(self.model, weight_decay)
         if any(optimizer is other.optimizer for other in self.arms.values()):
             raise ValueError("make_optimizer handed out the same optimiser twice; build a new one at each call")
         scaler = torch.amp.GradScaler(self.device.type) if self._scales() else None
-        arm = _Arm(optimizer, map(self._to_device, endless(self.train_loader)), scaler)
+        arm = _Arm(optimizer, map(self._to_device, endless(_unshared(self.train_loader))), scaler)
         self.arms[weight_decay] = arm
         return arm
 
@@ -208,14 +218,20 @@ class _Bench:
         )
 
     def _evaluate(self, model: torch.nn.Module) -> tuple[float, float]:
-        with self._autocast():
-            return evaluate(model, map(self._to_device, self.val_loader), self.loss_fn)
+        randomness = _randomness(self.generators)  # a loader draws a seed whenever it starts, shuffling or not
+        try:
+            with self._autocast():
+                return evaluate(model, map(self._to_device, self.val_loader), self.loss_fn)
+        finally:
+            _set_randomness(randomness, self.generators)
 
     def _to_device(self, batch: Any) -> Any:
-        if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
+        is_pair = isinstance(batch, (tuple, list)) and len(batch) == 2
+        if not (is_pair and all(isinstance(part, torch.Tensor) for part in batch)):
+            got = f"({', '.join(type(part).__name__ for part in batch)})" if is_pair else type(batch).__name__
             raise ValueError(
-                f"a loader must yield pairs (inputs, target), got {type(batch).__name__}; wrap it, or call "
-                "decaycast.forecast with a probe of your own"
+                f"a loader must yield pairs of tensors (inputs, target), got {got}; wrap it, or call decaycast.forecast "
+                "with a probe of your own"
             )
         return tuple(part.to(self.device, non_blocking=True) for part in batch)
 
@@ -224,12 +240,31 @@ class _Bench:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.amp_dtype)
 
+    def _load(self, tensors: dict[str, Any]) -> None:
+        state, hidden = tensors["state"], tensors["hidden"]
+        self.model.load_state_dict(state)
+        buffers = dict(self.model.named_buffers())
+        for name, value in hidden.items():
+            if not torch.equal(buffers[name], value):  # constants may be views that cannot be written to
+                buffers[name].copy_(value)
+
     def _scales(self) -> bool:
         return self.amp_dtype is torch.float16 and self.device.type == "cuda"
 
 
 def _copy_of(model: torch.nn.Module) -> dict[str, Any]:
-    return copy.deepcopy(model.state_dict())
+    state = model.state_dict()
+    hidden = {name: buffer for name, buffer in model.named_buffers() if name not in state}  # registered persistent=False
+    return copy.deepcopy({"state": state, "hidden": hidden})
+
+
+def _unshared(loader: Any) -> Any:
+    """A loader with persistent workers has one iterator for all its users: each arm takes a copy with its own."""
+    if not getattr(loader, "persistent_workers", False):
+        return loader
+    own = copy.copy(loader)
+    own._iterator = None
+    return own
 
 
 def _generators(loader: Any) -> list[torch.Generator]:

@@ -124,6 +124,8 @@ class _Comparison:
     decays: np.ndarray
     values: np.ndarray
     errors: np.ndarray
+    shown: np.ndarray  # which arms were measured up to `step`; the others are failed or were left behind
+    noise: float  # NaN where there are too few measurements to tell
 
 
 def _compare(arms: Arms) -> _Comparison:
@@ -141,7 +143,14 @@ def _compare(arms: Arms) -> _Comparison:
     noise = arms.noise(shown, step)
     errors = np.concatenate([np.full(len(shown), noise if math.isfinite(noise) else spread), np.zeros(len(behind))])
     order = np.argsort(decays)
-    return _Comparison(step=step, decays=decays[order], values=values[order], errors=errors[order])
+    return _Comparison(
+        step=step,
+        decays=decays[order],
+        values=values[order],
+        errors=errors[order],
+        shown=order < len(shown),
+        noise=noise,
+    )
 
 
 def _best_now(comparison: _Comparison, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -184,8 +193,9 @@ def _decide(arms: Arms, plan: Plan) -> dict[str, Any]:
     then = now - drift * plan.remaining(comparison.step)
     low, high = np.log(plan.bounds)
     mean, deviation = plan.prior
-    weights = np.exp(-0.5 * ((then - mean) / deviation) ** 2) if plan.known_rate else np.ones(SAMPLES)
-    agreement = float(weights.mean())
+    surprise = 0.5 * ((then - mean) / deviation) ** 2 if plan.known_rate else np.zeros(SAMPLES)
+    agreement = float(np.exp(-surprise).mean())
+    weights = np.exp(surprise.min() - surprise)  # the likeliest sample weighs 1, so that not all vanish
     quantiles = _weighted_quantiles(np.clip(then, low, high), weights, (0.05, 0.5, 0.95))
     verdict, reason = _verdict(comparison, beyond, agreement, quantiles, arms, plan)
     return {
@@ -198,8 +208,12 @@ def _decide(arms: Arms, plan: Plan) -> dict[str, Any]:
 
 def _nothing_to_see(arms: Arms, comparison: _Comparison) -> str:
     """Why no forecast can be made from these arms, or nothing."""
-    shown = comparison.errors > 0
-    spread, noise = float(np.ptp(comparison.values[shown])), float(comparison.errors.max())
+    spread, noise = float(np.ptp(comparison.values[comparison.shown])), comparison.noise
+    if math.isnan(noise):
+        return (
+            f"fewer than three measurements within {comparison.step} steps, too few to tell a difference from noise; "
+            "measure more often, or spend more (max_cost)"
+        )
     low, high = (math.exp(comparison.decays[k]) for k in (0, -1))
     if spread <= 2 * noise or spread <= 1e-12:
         return (

@@ -1,0 +1,173 @@
+"""The page in a real browser: plots are drawn, nothing is wider than a phone, nothing is requested.
+
+Chromium is driven by its command line. Its window cannot be narrower than 500 px, so pages are looked at through frames of
+the width of a phone; copies of the pages carry a script that measures and tells the outer document, whose DOM is dumped.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import os
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from tests.lab import page_samples as samples
+
+from decaycast.lab.report import write_figure_page, write_forecast_page
+
+CHROMIUM = os.environ.get("DECAYCAST_CHROMIUM") or next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: install one or set DECAYCAST_CHROMIUM"),
+]
+FLAGS = (
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+    "--disable-background-networking", "--disable-component-update", "--hide-scrollbars",
+    "--host-resolver-rules=MAP * ~NOTFOUND",
+    "--virtual-time-budget=5000",
+)  # fmt: skip
+POLICY = re.compile(r'<meta http-equiv="Content-Security-Policy"[^>]*>')
+LISTEN = """<script>
+const faults = [];
+addEventListener("error", event => faults.push(String(event.message)));
+addEventListener("securitypolicyviolation", event => faults.push(event.violatedDirective + " " + event.blockedURI));
+</script>"""
+MEASURE = """<script>
+const wide = () => [...document.querySelectorAll("main *")]
+  .filter(item => !item.closest(".scroll, pre, svg") && item.getBoundingClientRect().right > innerWidth + 1)
+  .map(item => item.tagName + "." + item.className);
+const lines = () => [...document.querySelectorAll(".plot")].map(plot => plot.querySelectorAll(".scatterlayer .trace").length);
+const plots = document.querySelectorAll(".plot").length;
+const first = lines();
+const drawn = [...document.querySelectorAll(".plot")].filter(plot => plot.querySelector(".plotly .main-svg")).length;
+const axis = () => document.querySelector(".xtitle")?.textContent;
+const before = axis();
+document.querySelectorAll("details").forEach(item => { item.open = true; });
+document.querySelector("[data-view='1']")?.click();
+const after = axis();
+document.querySelector(".chip")?.click();
+const said = {
+  page: new URLSearchParams(location.search).get("page"), title: document.title, plots, drawn, first, before, after,
+  hidden: lines(), wide: wide(), inner: innerWidth, scroll: document.documentElement.scrollWidth, faults,
+  rows: document.querySelectorAll("details tbody tr").length, cloud: document.querySelectorAll("a[href^=http]").length,
+};
+setTimeout(() => {
+  said.resources = performance.getEntriesByType("resource").map(item => item.name).filter(name => !name.startsWith("data:"));
+  parent.postMessage(JSON.stringify(said), "*");
+}, 300);
+</script></body>"""
+OUTER = """<!doctype html><meta charset="utf-8"><body><script>
+addEventListener("message", event => {
+  const note = document.createElement("pre");
+  note.textContent = event.data;
+  document.body.append(note);
+});
+</script>"""
+
+
+def chromium(folder: Path, page: Path, *flags: str) -> str:
+    """The DOM of `page` after its scripts have run."""
+    assert CHROMIUM is not None
+    profile = f"--user-data-dir={folder / 'profile'}"
+    command = [CHROMIUM, *FLAGS, profile, *flags, "--dump-dom", page.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def pages(folder: Path) -> dict[str, Path]:
+    """A usual page of each kind, and one whose every text is hostile."""
+    common = {"curves": samples.curves(), "recipe": samples.RECIPE, "command": samples.COMMAND}
+    usual = write_forecast_page(
+        folder / "usual.html", samples.forecast(), verification=samples.Grid(), settings=samples.SETTINGS,
+        provenance=samples.PROVENANCE, **common,
+    )  # fmt: skip
+    hostile = write_forecast_page(
+        folder / "hostile.html",
+        samples.forecast(reason=samples.EVIL * 5),
+        verification=replace(samples.Grid(), metric=samples.EVIL),
+        settings={**samples.SETTINGS, "model": "x" * 300, samples.EVIL: samples.EVIL},
+        provenance={"platform": samples.EVIL + "y" * 500},
+        **common,
+    )
+    figure = samples.SampleFigure()
+    drawn = write_figure_page(folder / "figure.html", figure, figure.rows(samples.EVIL), "small")
+    return {"usual": usual, "hostile": hostile, "figure": drawn}
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory) -> dict[str, dict]:
+    """What the measuring script says of each page, by page name and width."""
+    folder = tmp_path_factory.mktemp("pages")
+    outer = OUTER
+    for name, path in pages(folder).items():
+        text = path.read_text(encoding="utf-8").replace("<head>", "<head>" + LISTEN, 1)
+        start, _, end = text.rpartition("</body>")
+        path.write_text(start + MEASURE + end, encoding="utf-8")
+        for width in (390, 1280):
+            outer += f'<iframe src="{path.name}?page={name}-{width}" width="{width}" height="900"></iframe>'
+    (folder / "outer.html").write_text(outer, encoding="utf-8")
+    dom = chromium(folder, folder / "outer.html")
+    notes = (json.loads(html.unescape(note)) for note in re.findall(r"<pre>(.*?)</pre>", dom, re.DOTALL))
+    return {note["page"]: note for note in notes}
+
+
+PAGES = [f"{name}-{width}" for name in ("usual", "hostile", "figure") for width in (390, 1280)]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_plot_is_drawn_without_faults(seen, page):
+    note = seen[page]
+    assert note["faults"] == []
+    assert note["drawn"] == note["plots"] == (2 if page.startswith("figure") else 3)
+    assert note["first"][0] == (4 if page.startswith("figure") else 6)
+    assert note["rows"] > 10
+    assert note["cloud"] == 0
+    assert note["resources"] == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_nothing_is_wider_than_the_screen(seen, page):
+    note = seen[page]
+    assert note["inner"] == int(page.rpartition("-")[2])
+    assert note["scroll"] <= note["inner"]
+    assert note["wide"] == []
+
+
+def test_the_axis_switches_and_a_legend_entry_hides_its_arm_in_both_plots(seen):
+    note = seen["usual-1280"]
+    assert (note["before"], note["after"]) == ("optimiser steps", "e-folds of weight decay spent")
+    assert note["first"][:2] == [6, 6]
+    assert note["hidden"][:2] == [5, 5]
+
+
+def test_hostile_text_did_not_run(seen):
+    assert seen["hostile-390"]["title"] != "owned"
+    assert seen["hostile-390"]["plots"] == 3
+
+
+def requests(folder: Path, page: Path) -> list[str]:
+    """Addresses that `page` asked the network for; requests of the browser's own have no origin and are left out."""
+    log = folder / "net.json"
+    chromium(folder, page, f"--log-net-log={log}")
+    events = json.loads(log.read_text(encoding="utf-8"))["events"]
+    asked = [event["params"] for event in events if "initiator" in event.get("params", {})]
+    addresses = [item["url"] for item in asked if item["initiator"] != "not an origin"]
+    return [address for address in addresses if not address.startswith(("file:", "data:", "blob:"))]
+
+
+def test_the_page_asks_for_nothing_even_without_its_policy(tmp_path):
+    page = pages(tmp_path)["usual"]
+    text, removed = POLICY.subn("", page.read_text(encoding="utf-8"))
+    assert removed == 1
+    page.write_text(text, encoding="utf-8")
+    assert requests(tmp_path, page) == []
+    page.write_text(text.replace("</main>", '<img src="http://page.invalid/x.png"></main>'), encoding="utf-8")
+    assert requests(tmp_path, page) == ["http://page.invalid/x.png"]  # the log does see what a page asks for

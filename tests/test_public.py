@@ -1,0 +1,103 @@
+"""The public names and how they are called: code outside this repository relies on them."""
+
+from __future__ import annotations
+
+import inspect
+import types
+import typing
+from dataclasses import fields
+
+import pytest
+
+import decaycast as dc
+
+REQUIRED = "required"
+SIGNATURES = {
+    "efolds": {"lr": REQUIRED, "weight_decay": REQUIRED, "steps": REQUIRED, "momentum": 0.0, "convention": "sgd"},
+    "weight_decay_for": {"efolds": REQUIRED, "lr": REQUIRED, "steps": REQUIRED, "momentum": 0.0, "convention": "sgd"},
+    "effective_rate": {"optimizer": REQUIRED},
+    "AutoL2Rule": {"start": 0.1, "factor": 10.0, "measure_every": 10, "refractory": 0.1},
+    "AutoL2": {"optimizer": REQUIRED},
+    "WeightDecayScheduler": {"optimizer": REQUIRED, "fn": REQUIRED},
+    "forecast": {
+        "probe": REQUIRED,
+        "budget_steps": REQUIRED,
+        "lr": None,
+        "candidates": None,
+        "higher_is_better": True,
+        "max_cost": 0.3,
+    },
+    "find": {
+        "model": REQUIRED,
+        "make_optimizer": REQUIRED,
+        "loss_fn": REQUIRED,
+        "train_loader": REQUIRED,
+        "val_loader": REQUIRED,
+        "budget_steps": REQUIRED,
+    },
+}
+METHODS = {
+    "AutoL2Rule": ("update", "state_dict", "load_state_dict"),
+    "AutoL2": ("step", "get_last_wd", "state_dict", "load_state_dict"),
+    "WeightDecayScheduler": ("step", "get_last_wd", "state_dict", "load_state_dict"),
+    "Forecast": ("plot", "to_dict"),
+}
+
+
+def test_the_public_names_are_exactly_these():
+    assert set(dc.__all__) == {*SIGNATURES, "Forecast"}
+    public = {
+        name for name, value in vars(dc).items() if not name.startswith("_") and not isinstance(value, types.ModuleType)
+    }
+    assert public - {"annotations"} == set(dc.__all__)
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_arguments_and_defaults(name: str):
+    parameters = inspect.signature(getattr(dc, name)).parameters
+    expected = SIGNATURES[name]
+    assert list(parameters)[: len(expected)] == list(expected)
+    for argument, default in expected.items():
+        given = parameters[argument].default
+        assert (REQUIRED if given is inspect.Parameter.empty else given) == default
+    # what came later has a default
+    assert all(parameters[other].default is not inspect.Parameter.empty for other in set(parameters) - set(expected))
+
+
+@pytest.mark.parametrize("name", ["efolds", "weight_decay_for"])
+def test_numbers_of_different_units_are_named_when_given(name: str):
+    kinds = {parameter.kind for parameter in inspect.signature(getattr(dc, name)).parameters.values()}
+    assert kinds == {inspect.Parameter.KEYWORD_ONLY}
+
+
+def test_what_a_forecast_holds():
+    assert [field.name for field in fields(dc.Forecast)][:6] == [
+        "weight_decay",
+        "interval",
+        "verdict",
+        "reason",
+        "efolds",
+        "cost",
+    ]
+    assert typing.get_args(typing.get_type_hints(dc.Forecast)["verdict"]) == ("trust", "weak", "refuse")
+
+
+@pytest.mark.parametrize(
+    ("name", "method"), [(name, method) for name, methods in METHODS.items() for method in methods]
+)
+def test_methods(name: str, method: str):
+    assert callable(getattr(getattr(dc, name), method))
+
+
+def test_autol2_is_stepped_with_loss_and_error():
+    assert list(inspect.signature(dc.AutoL2.step).parameters) == ["self", "loss", "error"]
+    assert list(inspect.signature(dc.AutoL2Rule.update).parameters) == ["self", "step", "loss", "error"]
+
+
+@pytest.mark.parametrize("name", dc.__all__)
+def test_every_public_name_and_method_is_explained(name: str):
+    value = getattr(dc, name)
+    assert len(inspect.getdoc(value) or "") > 60
+    for attribute, member in vars(value).items() if inspect.isclass(value) else ():
+        if not attribute.startswith("_") and callable(member):
+            assert inspect.getdoc(member), f"{name}.{attribute}"
