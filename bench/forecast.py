@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import functools
 import gzip
 import json
 import math
@@ -374,7 +373,7 @@ def verdicts(live_part: dict, logged: dict) -> dict:
     both = lived + read
     return {
         "trusted": len(both),
-        "bad": sum(value > 0.25 for value in both),
+        "bad": int(sum(value > 0.25 for value in both)),
         "live": len(lived),
         "logged": len(read),
         "share_bad": float(np.mean([value > 0.25 for value in both])) if both else math.nan,

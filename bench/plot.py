@@ -10,11 +10,12 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+
 from forecast import load_truth
 from truth import RESULTS
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 SHOWN_TASK = "mnist-512 mlp sgd constant"
 FAMILIES = {

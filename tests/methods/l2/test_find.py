@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
 import random
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -242,7 +243,9 @@ class Diary:
 
 def test_arms_start_alike_and_see_the_same_batches(training: DataLoader, held_out: DataLoader):
     diary = Diary()
-    found = find(seeded(Fancy), diary.optimizer, diary.loss, training, held_out, budget_steps=BUDGET, candidates=DECAYS)
+    found = find(
+        seeded(Fancy), diary.optimizer, diary.loss, training, held_out, budget_steps=BUDGET, candidates=DECAYS, max_cost=0.6
+    )
     arms = [arm.weight_decay for arm in found.arms]
     assert len(arms) >= 3 and set(arms) <= set(DECAYS)
     first, *others = sorted((diary.updates[decay] for decay in arms), key=len, reverse=True)
@@ -258,11 +261,13 @@ def test_arms_start_alike_and_see_the_same_batches(training: DataLoader, held_ou
 
 @pytest.mark.parametrize("settings", [{}, {"num_workers": 1, "persistent_workers": True}], ids=["here", "workers"])
 def test_an_interrupted_arm_goes_on_as_if_it_had_not_been(digits: data.Split, held_out: DataLoader, settings: dict):
+    budget = 1000  # so that training also pauses between two measurements
+
     def bench() -> Any:
         model = seeded(Fancy)
         batches = loader(digits.train, shuffle=True, drop_last=True, **settings)
         make = partial(sgd, momentum=0.9)
-        return _Bench(model, make, cross_entropy, batches, held_out, cosine(BUDGET), None, BUDGET)
+        return _Bench(model, make, cross_entropy, batches, held_out, cosine(budget), None, budget)
 
     paused, whole = bench(), bench()
     ask = paused.probe("loss")
@@ -270,12 +275,19 @@ def test_an_interrupted_arm_goes_on_as_if_it_had_not_been(digits: data.Split, he
     ask(0.1, 7)
     ask(0.01, 13)
     ask(0.001, 5)
-    steps, values = ask(0.01, 23)
-    expected = dict(zip(*whole.probe("loss")(0.01, 23)))
+    steps, values = ask(0.01, 61)
+    expected = dict(zip(*whole.probe("loss")(0.01, 61)))
     got = dict(zip(steps, values))
-    assert {step: got[step] for step in expected} == expected and len(expected) > 10
+    assert {step: got[step] for step in expected} == expected and len(expected) > 6
     assert same(snapshot(paused.model)[:3], snapshot(whole.model)[:3])
-    assert same(torch.get_rng_state(), torch.get_rng_state())
+    paused.restore()
+    whole.restore()
+
+
+def test_worker_processes_end_with_the_call(digits: data.Split, held_out: DataLoader):
+    batches = loader(digits.train, shuffle=True, num_workers=1)
+    find(seeded(plain), sgd, cross_entropy, batches, held_out, budget_steps=20, max_cost=0.5)
+    assert multiprocessing.active_children() == []
 
 
 @pytest.mark.parametrize(
@@ -335,7 +347,8 @@ def test_a_group_with_a_decay_of_its_own_does_not_count(training: DataLoader, he
 def test_the_learning_rate_schedule_is_used(training: DataLoader, held_out: DataLoader):
     diary, schedule = Diary(), cosine(BUDGET)
     found = find(
-        seeded(plain), diary.optimizer, diary.loss, training, held_out, budget_steps=BUDGET, lr_schedule=schedule
+        *(seeded(plain), diary.optimizer, diary.loss, training, held_out),
+        **{"budget_steps": BUDGET, "lr_schedule": schedule, "max_cost": 0.9},  # type: ignore[arg-type]
     )
     assert found.rate_per_decay == pytest.approx(LR * sum(schedule(step) for step in range(BUDGET)))
     reference = sgd(seeded(plain), 0.0)
@@ -366,11 +379,6 @@ def test_mixed_precision_is_used(training: DataLoader, held_out: DataLoader):
 def test_an_arm_that_diverges_fails_and_the_forecast_goes_on(training: DataLoader, held_out: DataLoader):
     model = seeded(Fancy)
     before = snapshot(model)
-    found = find(
-        model, sgd, cross_entropy, training, held_out, budget_steps=BUDGET, candidates=[1e-3, 1e-2, 0.1, 1e4], max_cost=0.6
-    )
-    failed = [arm.weight_decay for arm in found.arms if arm.status == "failed"]
-    assert failed in ([], [1e4]) and same(snapshot(model), before)
     found = find(model, sgd, cross_entropy, training, held_out, budget_steps=BUDGET, candidates=[1e-3, 1e-2, 1e4])
     failed = [arm for arm in found.arms if arm.status == "failed"]
     assert [arm.weight_decay for arm in failed] == [1e4] and "not finite at step" in failed[0].reason

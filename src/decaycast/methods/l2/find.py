@@ -167,7 +167,9 @@ class _Bench:
         return ask
 
     def restore(self) -> None:
-        """Put back weights, buffers, modes, gradients, and every random generator."""
+        """Put back weights, buffers, modes, gradients, and every random generator; drop the arms."""
+        self.active = None
+        self.arms.clear()  # their iterators refer back to here: left to the garbage collector, workers would linger
         self._load(self.initial_weights)
         for module, mode in self.initial_modes:
             module.training = mode

@@ -1,0 +1,329 @@
+"""The command line as people and scripts use it: every verb, its JSON, its errors and its exit codes."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+pytest.importorskip("typer")
+
+from decaycast import cli
+from decaycast.core.timescale import efolds
+from decaycast.lab import data
+from decaycast.lab.store import Store
+from decaycast.lab.trial import Trial
+
+TINY = ("--train-size", "300", "--model", "mlp-16x1", "--batch-size", "32")
+
+
+class Ended(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out, parse_constant=refuse_constant)
+
+
+def refuse_constant(name: str) -> None:
+    raise AssertionError(f"{name} is no JSON")
+
+
+Command = Callable[..., Ended]
+
+
+@pytest.fixture
+def decaycast(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Command:
+    """Runs `decaycast ...` in a folder of its own, through the entry point."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # typer puts its own there
+    monkeypatch.delenv("DECAYCAST_DATA", raising=False)
+    monkeypatch.setenv("COLUMNS", "100")
+
+    def run(*arguments: str) -> Ended:
+        monkeypatch.setattr(sys, "argv", ["decaycast", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return Ended(int(ended.value.code or 0), *capfd.readouterr())
+
+    return run
+
+
+def number(text: str, before: str) -> float:
+    """The number that follows `before` in printed text."""
+    found = re.search(re.escape(before) + r"\s*([-+.\de]+)", text)
+    assert found, f"no number after {before!r} in {text!r}"
+    return float(found[1])
+
+
+def error_line(ended: Ended) -> str:
+    """The one line on stderr of a call refused with exit code 2."""
+    assert ended.code == 2 and ended.out == ""
+    lines = ended.err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), ended.err
+    return lines[0]
+
+
+# -- find
+
+
+def test_find_prints_what_its_json_says(decaycast: Command, tmp_path: Path):
+    command = ("find", "--budget", "200", "--lr", "0.05", *TINY, "--out", "found")
+    printed = decaycast(*command)
+    assert printed.code == 0, printed.err
+    answer = decaycast(*command, "--json")
+    assert answer.code == 0 and answer.err == ""
+    read = answer.json
+    assert number(printed.out, "weight decay ") == float(f"{read['weight_decay']:.3g}")
+    assert number(printed.out, "90 % interval") == float(f"{read['interval'][0]:.2g}")
+    assert number(printed.out, "e-folds") == float(f"{read['efolds']:.3g}")
+    assert number(printed.out, "cost") == float(f"{read['cost']:.2f}") and 0.2 < read["cost"] <= 0.3
+    assert f"verdict      {read['verdict']}: " in printed.out
+    page = tmp_path / "found" / "forecast.html"
+    assert read["page"] == "found/forecast.html" and "found/forecast.html" in printed.out and page.is_file()
+    assert "decaycast find --budget 200" in page.read_text(encoding="utf-8")
+
+
+def test_find_verifies_when_asked(decaycast: Command):
+    command = ("find", "--budget", "40", "--lr", "0.05", "--momentum", "0", *TINY, "--verify", "--workers", "1")
+    printed, answer = decaycast(*command), decaycast(*command, "--json", "--metric", "loss")
+    check = answer.json["verification"]
+    assert check["regret"] >= 0 and check["seeds"] == 2
+    assert number(printed.out, "regret") == pytest.approx(check["regret"], rel=1e-3, abs=1e-9)
+    assert f"best of {len(check['weight_decays'])} weight decays" in " ".join(printed.out.split())
+
+
+def test_find_may_look_at_accuracy_with_adamw(decaycast: Command):
+    answer = decaycast("find", "--budget", "40", "--optimizer", "adamw", "--metric", "accuracy", *TINY, "--json")
+    assert answer.json["metric"] == "validation accuracy" and answer.json["higher_is_better"] is True
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--lr", "0"], "the learning rate must be a finite number > 0, got 0.0"),
+        (["--lr", "-0.1"], "the learning rate must be a finite number > 0, got -0.1"),
+        (["--lr", "nan"], "the learning rate must be a finite number > 0, got nan"),
+        (["--lr", "inf"], "the learning rate must be a finite number > 0, got inf"),
+        (["--budget", "0"], "the budget must be a whole number of at least 10 optimiser steps, got 0"),
+        (["--budget", "-5"], "the budget must be a whole number of at least 10 optimiser steps, got -5"),
+        (["--max-cost", "0"], "max_cost must be in (0, 1] full-run equivalents, got 0.0"),
+        (["--max-cost", "nan"], "max_cost must be in (0, 1] full-run equivalents, got nan"),
+        (["--max-cost", "2"], "max_cost must be in (0, 1] full-run equivalents, got 2.0"),
+        (["--momentum", "1"], "the momentum must be in [0, 1), got 1.0"),
+        (["--momentum", "nan"], "the momentum must be in [0, 1), got nan"),
+        (["--batch-size", "0"], "the batch size must be a whole number >= 1, got 0"),
+        (["--train-size", "0"], "train_size must be at least 1, got 0"),
+        (["--train-size", "5000"], "digits has 1400 samples to train and validate on"),
+        (["--data", "digts"], "unknown data set 'digts'; did you mean 'digits'?"),
+        (["--model", "mpl-16x1"], "unknown model 'mpl-16x1'; did you mean 'mlp"),
+        (["--optimizer", "adam"], "unknown optimizer 'adam'; did you mean 'adamw'?"),
+        (["--schedule", "cosin"], "unknown schedule 'cosin'; did you mean 'cosine'?"),
+    ],
+    ids=" ".join,
+)
+def test_find_refuses_in_one_line(decaycast: Command, tmp_path: Path, arguments: list[str], message: str):
+    line = error_line(decaycast("find", "--out", "out", *arguments))
+    assert message in line and line.startswith(("error: ValueError: ", "error: DataError: "))
+    assert not (tmp_path / "out" / "forecast.html").exists()
+
+
+def test_find_names_data_that_are_not_there(decaycast: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def offline(name: str, folder: object) -> None:
+        raise data.DataError(f"{name} was not found; {data._advice(name, folder)}")  # type: ignore[arg-type]
+
+    monkeypatch.setattr(data, "_download", offline)
+    line = error_line(decaycast("find", "--data", "mnist", "--data-dir", "nowhere", "--out", "out"))
+    assert "mnist was not found" in line and "nowhere" in line
+
+
+def test_find_names_an_output_folder_it_cannot_write(decaycast: Command, tmp_path: Path):
+    (tmp_path / "file").write_text("in the way")
+    line = error_line(decaycast("find", "--out", "file/below"))
+    assert "cannot make the output folder file/below" in line and "choose one you can write to (--out)" in line
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "rows.sqlite").write_bytes(b"not a database at all" * 100)
+    line = error_line(decaycast("find", "--out", "taken"))
+    assert line.startswith("error: StoreError: ") and "is not a decaycast store" in line
+
+
+def test_ctrl_c_is_130_and_the_next_call_goes_on(decaycast: Command, monkeypatch: pytest.MonkeyPatch):
+    command = ("find", "--budget", "200", "--lr", "0.05", *TINY, "--out", "found")
+    advance, calls = Trial.advance, []
+
+    def interrupted(self: Trial, *arguments: Any) -> None:
+        calls.append(self.config["weight_decay"])
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        advance(self, *arguments)
+
+    monkeypatch.setattr(Trial, "advance", interrupted)
+    ended = decaycast(*command)
+    assert ended.code == 130 and "Traceback" not in ended.err
+    assert "interrupted; finished runs are kept, and the same command goes on from them" in ended.err
+    first = calls[:2]
+    calls.clear()
+    calls.extend([0.0] * 3)
+    assert decaycast(*command).code == 0
+    assert calls[3] not in first, "what was finished is not trained again"
+
+
+# -- train
+
+
+@pytest.mark.parametrize("rule", ["constant", "cosine", "autol2"])
+def test_train_prints_what_its_json_says(decaycast: Command, tmp_path: Path, rule: str):
+    command = ("train", "--budget", "60", "--lr", "0.05", "--weight-decay", "0.02", "--rule", rule, *TINY)
+    printed, answer = decaycast(*command, "--store", "rows.sqlite"), decaycast(*command, "--json")
+    assert printed.code == answer.code == 0 and answer.err == ""
+    read = answer.json
+    assert read["status"] == "done" and read["step"] == 60 and 0 <= read["test_accuracy"] <= 1
+    for name in ("efolds", "validation loss", "test accuracy", "weight decay"):
+        cells = re.search(rf"│ {name}\s*│\s*(\S+)\s*│", printed.out)
+        assert cells and float(cells[1]) == float(f"{read[name.replace(' ', '_')]:.5g}")
+    if rule == "constant":
+        shape = cli.by_name("cosine", 60)
+        spent = efolds(lr=lambda step: 0.05 * shape(step), weight_decay=0.02, steps=60, momentum=0.9)
+        assert read["efolds"] == pytest.approx(spent)
+    with Store(tmp_path / "rows.sqlite") as store:
+        (row,) = store.read()
+    assert row.run.config["rule"] == rule and row.final["test_loss"] == read["test_loss"]
+
+
+def test_a_training_that_diverges_exits_with_1_and_keeps_its_row(decaycast: Command, tmp_path: Path):
+    command = ("train", "--budget", "100", "--lr", "0.5", "--weight-decay", "200", *TINY)
+    ended = decaycast(*command, "--json", "--store", "rows.sqlite")
+    assert ended.code == 1 and ended.json["status"] == "failed" and "DivergedError" in ended.json["reason"]
+    with Store(tmp_path / "rows.sqlite") as store:
+        assert [row.status for row in store.read()] == ["failed"]
+    printed = decaycast(*command)
+    assert printed.code == 1 and "failed: DivergedError: the training loss is" in " ".join(printed.out.split())
+
+
+def test_no_decay_at_all_can_be_trained(decaycast: Command):
+    ended = decaycast("train", "--budget", "20", "--weight-decay", "0", *TINY, "--json")
+    assert ended.code == 0 and ended.json["efolds"] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--weight-decay", "-1"], "the weight decay must be a finite number >= 0, got -1.0"),
+        (["--weight-decay", "nan"], "the weight decay must be a finite number >= 0, got nan"),
+        (["--lr", "0"], "the learning rate must be a finite number > 0, got 0.0"),
+        (["--steps", "-3"], "the budget must be a whole number of at least 10 optimiser steps, got -3"),
+        (["--rule", "autol"], "unknown weight decay rule 'autol'; did you mean 'autol2'?"),
+        (["--rule", "autol2", "--weight-decay", "0"], "must be a positive number between 1e-50 and 1e50, got 0"),
+        (["--store", "file/rows.sqlite"], "cannot create the folder of store file/rows.sqlite"),
+    ],
+    ids=" ".join,
+)
+def test_train_refuses_in_one_line(decaycast: Command, tmp_path: Path, arguments: list[str], message: str):
+    (tmp_path / "file").write_text("in the way")
+    assert message in error_line(decaycast("train", "--budget", "20", *TINY, *arguments))
+
+
+def test_ctrl_c_in_training_is_130(decaycast: Command, monkeypatch: pytest.MonkeyPatch):
+    def interrupted(*arguments: Any, **settings: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "train_run", interrupted)
+    ended = decaycast("train", *TINY)
+    assert ended.code == 130 and "Traceback" not in ended.err
+
+
+# -- audit and data
+
+
+def test_audit_prints_what_its_json_says(decaycast: Command):
+    command = ("audit", "--lr", "0.1", "--weight-decay", "5e-4", "--steps", "10000", "--momentum", "0.9")
+    printed, answer = decaycast(*command), decaycast(*command, "--json")
+    assert printed.code == answer.code == 0
+    assert answer.json["efolds"] == pytest.approx(5.0) and answer.json["parameters"] == []
+    assert printed.out.startswith("5 e-folds of decay over 10000 steps; relaxation time 0.2 of the run")
+    text = " ".join(printed.out.split())
+    assert answer.json["advice"] in text
+    assert number(text, "zero-cost guess: weight decay") == float(f"{answer.json['usual_weight_decay']:.3g}")
+
+
+def test_audit_follows_schedule_optimizer_and_convention(decaycast: Command):
+    recipe = ("audit", "--lr", "0.001", "--weight-decay", "0.1", "--steps", "10000", "--json")
+    assert decaycast(*recipe, "--optimizer", "adamw").json["efolds"] == pytest.approx(1.0)
+    assert decaycast(*recipe, "--optimizer", "adamw", "--schedule", "cosine").json["efolds"] == pytest.approx(0.5, rel=1e-3)
+    assert decaycast(*recipe, "--convention", "relative").json["efolds"] == pytest.approx(1000.0)
+
+
+def test_audit_lists_parameters(decaycast: Command):
+    command = ("audit", "--lr", "0.1", "--weight-decay", "5e-4", "--steps", "1000", "--model", "cnn-bn-4")
+    printed, answer = decaycast(*command), decaycast(*command, "--json")
+    rows = answer.json["parameters"]
+    assert {row["kind"] for row in rows} == {"weight", "bias", "normalisation"}
+    assert all(row["name"] in printed.out for row in rows) and {row["weight_decay"] for row in rows} == {5e-4}
+
+
+def test_audit_of_no_decay_or_hardly_a_step_is_no_error(decaycast: Command):
+    ended = decaycast("audit", "--lr", "0.1", "--weight-decay", "0", "--steps", "5", "--momentum", "0.9")
+    assert ended.code == 0 and "0 e-folds" in ended.out and "relaxation time infinite" in ended.out
+    assert "zero-cost guess" not in ended.out, "heavy ball cannot shrink weights by 1.3 e-folds in 5 steps"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--lr", "0"], "the learning rate is zero at every step"),
+        (["--lr", "nan"], "lr must be finite and >= 0 at every step, got nan"),
+        (["--lr", "-1"], "lr must be finite and >= 0 at every step, got -1.0"),
+        (["--weight-decay", "-1"], "weight_decay must be finite and >= 0, got -1.0"),
+        (["--steps", "0"], "must be a whole number >= 1, got 0"),
+        (["--momentum", "1.5"], "momentum must be in [0, 1), got 1.5"),
+        (["--convention", "decoupld"], "unknown convention 'decoupld'; did you mean 'decoupled'?"),
+        (["--optimizer", "adam"], "unknown optimizer 'adam'; did you mean 'adamw'?"),
+        (["--schedule", "constnt"], "unknown schedule 'constnt'; did you mean 'constant'?"),
+        (["--model", "wnr-10-1"], "unknown model 'wnr-10-1'; did you mean 'wrn-10-1'?"),
+    ],
+    ids=" ".join,
+)
+def test_audit_refuses_in_one_line(decaycast: Command, arguments: list[str], message: str):
+    usual = ("--lr", "0.1", "--weight-decay", "5e-4", "--steps", "1000")
+    assert message in error_line(decaycast("audit", *usual, *arguments))
+
+
+def test_data_says_what_is_there_and_what_to_do(decaycast: Command, tmp_path: Path):
+    printed, answer = decaycast("data", "--data-dir", "nowhere"), decaycast("data", "--data-dir", "nowhere", "--json")
+    assert printed.code == answer.code == 0
+    status = {item["name"]: item["status"] for item in answer.json}
+    assert status == {"digits": "embedded", "mnist": "missing", "fashion_mnist": "missing", "cifar10": "missing"}
+    assert all(name in printed.out for name in status) and printed.out.count("missing") == 3
+    assert all(item["advice"] for item in answer.json if item["status"] == "missing")
+
+
+# -- the program itself
+
+
+def test_help_names_every_verb(decaycast: Command):
+    ended = decaycast("--help")
+    assert ended.code == 0 and all(verb in ended.out for verb in ("find", "train", "audit", "data"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"), [(["fnd"], "fnd"), (["find", "--bugdet", "9"], "--bugdet"), (["find", "--lr", "abc"], "abc")]
+)
+def test_words_that_are_no_command_exit_with_2(decaycast: Command, arguments: list[str], named: str):
+    ended = decaycast(*arguments)
+    assert ended.code == 2 and named in ended.err and "Traceback" not in ended.err
+
+
+def test_an_error_stays_one_line_however_long(decaycast: Command, monkeypatch: pytest.MonkeyPatch):
+    def fails(*arguments: Any, **settings: Any) -> None:
+        raise RuntimeError("first [bold]\n" + "word " * 200)
+
+    monkeypatch.setattr(cli, "train_run", fails)
+    line = error_line(decaycast("train", *TINY))
+    assert "first [bold] word word" in line and line.count("word") == 200
