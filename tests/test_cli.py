@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -71,6 +72,11 @@ def error_line(ended: Ended) -> str:
     return lines[0]
 
 
+def words(value: list[str] | str) -> str:
+    """Names a case by its arguments."""
+    return " ".join(value) if isinstance(value, list) else ""
+
+
 # -- find
 
 
@@ -114,20 +120,20 @@ def test_find_may_look_at_accuracy_with_adamw(decaycast: Command):
         (["--lr", "inf"], "the learning rate must be a finite number > 0, got inf"),
         (["--budget", "0"], "the budget must be a whole number of at least 10 optimiser steps, got 0"),
         (["--budget", "-5"], "the budget must be a whole number of at least 10 optimiser steps, got -5"),
-        (["--max-cost", "0"], "max_cost must be in (0, 1] full-run equivalents, got 0.0"),
-        (["--max-cost", "nan"], "max_cost must be in (0, 1] full-run equivalents, got nan"),
-        (["--max-cost", "2"], "max_cost must be in (0, 1] full-run equivalents, got 2.0"),
+        (["--max-cost", "0"], "--max-cost must be in (0, 1] full-run equivalents, got 0.0"),
+        (["--max-cost", "nan"], "--max-cost must be in (0, 1] full-run equivalents, got nan"),
+        (["--max-cost", "2"], "--max-cost must be in (0, 1] full-run equivalents, got 2.0"),
         (["--momentum", "1"], "the momentum must be in [0, 1), got 1.0"),
         (["--momentum", "nan"], "the momentum must be in [0, 1), got nan"),
         (["--batch-size", "0"], "the batch size must be a whole number >= 1, got 0"),
         (["--train-size", "0"], "train_size must be at least 1, got 0"),
         (["--train-size", "5000"], "digits has 1400 samples to train and validate on"),
         (["--data", "digts"], "unknown data set 'digts'; did you mean 'digits'?"),
-        (["--model", "mpl-16x1"], "unknown model 'mpl-16x1'; did you mean 'mlp"),
+        (["--model", "mpl-256x3"], "unknown model 'mpl-256x3'; did you mean 'mlp-256x3'?"),
         (["--optimizer", "adam"], "unknown optimizer 'adam'; did you mean 'adamw'?"),
         (["--schedule", "cosin"], "unknown schedule 'cosin'; did you mean 'cosine'?"),
     ],
-    ids=" ".join,
+    ids=words,
 )
 def test_find_refuses_in_one_line(decaycast: Command, tmp_path: Path, arguments: list[str], message: str):
     line = error_line(decaycast("find", "--out", "out", *arguments))
@@ -223,7 +229,7 @@ def test_no_decay_at_all_can_be_trained(decaycast: Command):
         (["--rule", "autol2", "--weight-decay", "0"], "must be a positive number between 1e-50 and 1e50, got 0"),
         (["--store", "file/rows.sqlite"], "cannot create the folder of store file/rows.sqlite"),
     ],
-    ids=" ".join,
+    ids=words,
 )
 def test_train_refuses_in_one_line(decaycast: Command, tmp_path: Path, arguments: list[str], message: str):
     (tmp_path / "file").write_text("in the way")
@@ -256,7 +262,9 @@ def test_audit_prints_what_its_json_says(decaycast: Command):
 def test_audit_follows_schedule_optimizer_and_convention(decaycast: Command):
     recipe = ("audit", "--lr", "0.001", "--weight-decay", "0.1", "--steps", "10000", "--json")
     assert decaycast(*recipe, "--optimizer", "adamw").json["efolds"] == pytest.approx(1.0)
-    assert decaycast(*recipe, "--optimizer", "adamw", "--schedule", "cosine").json["efolds"] == pytest.approx(0.5, rel=1e-3)
+    assert decaycast(*recipe, "--optimizer", "adamw", "--schedule", "cosine").json["efolds"] == pytest.approx(
+        0.5, rel=1e-3
+    )
     assert decaycast(*recipe, "--convention", "relative").json["efolds"] == pytest.approx(1000.0)
 
 
@@ -288,7 +296,7 @@ def test_audit_of_no_decay_or_hardly_a_step_is_no_error(decaycast: Command):
         (["--schedule", "constnt"], "unknown schedule 'constnt'; did you mean 'constant'?"),
         (["--model", "wnr-10-1"], "unknown model 'wnr-10-1'; did you mean 'wrn-10-1'?"),
     ],
-    ids=" ".join,
+    ids=words,
 )
 def test_audit_refuses_in_one_line(decaycast: Command, arguments: list[str], message: str):
     usual = ("--lr", "0.1", "--weight-decay", "5e-4", "--steps", "1000")
@@ -313,11 +321,19 @@ def test_help_names_every_verb(decaycast: Command):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "named"), [(["fnd"], "fnd"), (["find", "--bugdet", "9"], "--bugdet"), (["find", "--lr", "abc"], "abc")]
+    ("arguments", "named"),
+    [(["fnd"], "fnd"), (["find", "--bugdet", "9"], "--bugdet"), (["find", "--lr", "abc"], "--lr")],
 )
 def test_words_that_are_no_command_exit_with_2(decaycast: Command, arguments: list[str], named: str):
     ended = decaycast(*arguments)
     assert ended.code == 2 and named in ended.err and "Traceback" not in ended.err
+
+
+@pytest.mark.parametrize("missing", ["typer", "rich.console"])
+def test_without_its_libraries_the_command_says_what_to_install(monkeypatch: pytest.MonkeyPatch, missing: str):
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(SystemExit, match=r"the command line needs typer and rich .* pip install 'decaycast\[lab\]'"):
+        runpy.run_path(cli.__file__)
 
 
 def test_an_error_stays_one_line_however_long(decaycast: Command, monkeypatch: pytest.MonkeyPatch):

@@ -78,6 +78,8 @@ def find(
     as_json: JsonOption = False,
 ) -> None:
     """Forecast the best weight decay from a few short runs, and write a page about it."""
+    if not 0 < max_cost <= 1:
+        raise ValueError(f"--max-cost must be in (0, 1] full-run equivalents, got {max_cost}")
     request = Request(
         config=_config(data, train_size, model, optimizer, lr, momentum, schedule, budget, batch_size),
         metric=metric.value,

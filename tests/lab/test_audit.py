@@ -34,7 +34,14 @@ def test_conventions_and_schedules_count():
 
 @pytest.mark.parametrize(
     ("spent", "advice"),
-    [(0.0, "no decay at all"), (0.05, "hardly any"), (0.3, "light"), (2.0, "usual"), (10.0, "strong"), (50.0, "very strong")],
+    [
+        (0.0, "no decay at all"),
+        (0.05, "hardly any"),
+        (0.3, "light"),
+        (2.0, "usual"),
+        (10.0, "strong"),
+        (50.0, "very strong"),
+    ],
 )
 def test_the_advice_follows_the_efolds(spent: float, advice: str):
     found = audit(lr=0.1, weight_decay=spent / 100, steps=1000)
@@ -70,9 +77,10 @@ def test_recipes_are_checked(changes: dict, message: str):
 
 def test_parameters_are_listed_with_their_kind_and_decay():
     model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.LayerNorm(3), nn.Linear(3, 2, bias=False))
-    first, norm, layer, last = model
+    first, norm, layer, _ = model
     optimizer = torch.optim.SGD(
-        [{"params": [first.weight, norm.weight], "weight_decay": 0.1}, {"params": [first.bias, *layer.parameters()]}], lr=0.1
+        [{"params": [first.weight, norm.weight], "weight_decay": 0.1}, {"params": [first.bias, *layer.parameters()]}],
+        lr=0.1,
     )
     table = parameter_table(model, optimizer)
     assert [(row.name, row.shape, row.kind) for row in table] == [

@@ -66,7 +66,8 @@ def test_a_second_probe_over_the_same_store_trains_nothing(tmp_path: Path, built
         assert [second(*question) for question in asked] == answers
         assert built == [0.01, 0.1] and len(store.read()) == 3
         assert list(second.curves[0.01]["step"]) == first.curves[0.01]["step"]
-    with Store(tmp_path / "rows.sqlite") as store:  # interrupted after the first prefix, the arm starts again: same numbers
+    # as after an interrupt: the arm starts again, with the same numbers
+    with Store(tmp_path / "rows.sqlite") as store:
         third = TrialProbe(CONFIG, store=store)
         longer = third(0.1, 45)
     assert built == [0.01, 0.1, 0.1]

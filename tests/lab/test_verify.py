@@ -72,7 +72,9 @@ def test_the_grid_spans_two_decades_and_holds_the_default():
     assert decays == pytest.approx([0.0005, 0.001, 0.01 / math.sqrt(10), 0.01, 0.01 * math.sqrt(10), 0.1], rel=1e-5)
     assert 0.01 in decays and len(runs) == len(decays) * len(FRESH_SEEDS)
     assert all(run.config["model"] == "mlp" for run in runs) and 0 not in FRESH_SEEDS
-    assert len(verification_runs({}, 0.01, default=0.01)) == 5 * len(FRESH_SEEDS), "a default on the grid is trained once"
+    assert len(verification_runs({}, 0.01, default=0.01)) == 5 * len(FRESH_SEEDS), (
+        "a default on the grid is trained once"
+    )
 
 
 def test_verify_trains_what_the_store_lacks(tmp_path: Path):

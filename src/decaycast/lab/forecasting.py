@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from decaycast.core.experiment import Run, Scalar
+from decaycast.core.experiment import Row, Run, Scalar
 from decaycast.core.schedule import by_name
 from decaycast.core.timescale import group_rate
 from decaycast.lab.execute import Execute, in_process, processes
@@ -135,6 +135,13 @@ def recipe(config: dict[str, Scalar], found: Forecast) -> str:
 
 
 def _verify(request: Request, found: Forecast, store: Store, say: Callable[[str], None]) -> Verification:
+    done = 0
+
+    def report(row: Row) -> None:
+        nonlocal done
+        done += 1
+        say(f"verifying ({done} runs done)")
+
     say("verifying")
     execute: Execute = in_process if request.workers <= 1 else processes(request.workers)
     return verify(
@@ -145,6 +152,7 @@ def _verify(request: Request, found: Forecast, store: Store, say: Callable[[str]
         metric=f"validation_{request.metric}",
         train=functools.partial(train_run, data_dir=request.data_dir),
         execute=execute,
+        on_row=report,
     )
 
 

@@ -149,7 +149,12 @@ def test_everything_is_put_back(digits: data.Split, error: BaseException | None,
 
     def call():
         return find(
-            model, sgd, loss, DataLoader(source, batch_size=32, **shuffling), loader(digits.validation), budget_steps=BUDGET
+            model,
+            sgd,
+            loss,
+            DataLoader(source, batch_size=32, **shuffling),
+            loader(digits.validation),
+            budget_steps=BUDGET,
         )
 
     if error is None:
@@ -244,7 +249,14 @@ class Diary:
 def test_arms_start_alike_and_see_the_same_batches(training: DataLoader, held_out: DataLoader):
     diary = Diary()
     found = find(
-        seeded(Fancy), diary.optimizer, diary.loss, training, held_out, budget_steps=BUDGET, candidates=DECAYS, max_cost=0.6
+        seeded(Fancy),
+        diary.optimizer,
+        diary.loss,
+        training,
+        held_out,
+        budget_steps=BUDGET,
+        candidates=DECAYS,
+        max_cost=0.6,
     )
     arms = [arm.weight_decay for arm in found.arms]
     assert len(arms) >= 3 and set(arms) <= set(DECAYS)
@@ -337,7 +349,8 @@ def test_a_group_with_a_decay_of_its_own_does_not_count(training: DataLoader, he
     def mixed(model: nn.Module, weight_decay: float) -> torch.optim.Optimizer:
         weight, *rest = model.parameters()
         return torch.optim.SGD(
-            [{"params": rest, "weight_decay": weight_decay}, {"params": [weight], "weight_decay": 0.05, "lr": 1.0}], lr=LR
+            [{"params": rest, "weight_decay": weight_decay}, {"params": [weight], "weight_decay": 0.05, "lr": 1.0}],
+            lr=LR,
         )
 
     found = find(seeded(plain), mixed, cross_entropy, training, held_out, budget_steps=BUDGET)
@@ -347,8 +360,14 @@ def test_a_group_with_a_decay_of_its_own_does_not_count(training: DataLoader, he
 def test_the_learning_rate_schedule_is_used(training: DataLoader, held_out: DataLoader):
     diary, schedule = Diary(), cosine(BUDGET)
     found = find(
-        *(seeded(plain), diary.optimizer, diary.loss, training, held_out),
-        **{"budget_steps": BUDGET, "lr_schedule": schedule, "max_cost": 0.9},  # type: ignore[arg-type]
+        seeded(plain),
+        diary.optimizer,
+        diary.loss,
+        training,
+        held_out,
+        budget_steps=BUDGET,
+        lr_schedule=schedule,
+        max_cost=0.9,
     )
     assert found.rate_per_decay == pytest.approx(LR * sum(schedule(step) for step in range(BUDGET)))
     reference = sgd(seeded(plain), 0.0)
@@ -440,7 +459,9 @@ def test_an_optimiser_handed_out_twice_is_refused(training: DataLoader, held_out
 
 def test_an_empty_loader_is_refused(digits: data.Split, training: DataLoader, held_out: DataLoader):
     few = tuple(part[:20] for part in digits.train)
-    with pytest.raises(ValueError, match="the training loader is empty: it yields no batch; check the data set and drop"):
+    with pytest.raises(
+        ValueError, match="the training loader is empty: it yields no batch; check the data set and drop"
+    ):
         find(seeded(plain), sgd, cross_entropy, loader(few, drop_last=True), held_out, budget_steps=BUDGET)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="there is nothing to evaluate on: the validation data are empty"):
         find(seeded(plain), sgd, cross_entropy, training, loader(few, drop_last=True), budget_steps=BUDGET)  # type: ignore[arg-type]
@@ -500,7 +521,9 @@ def test_batches_of_another_structure_are_refused(digits: data.Split, reshape: A
     good = [tuple(part[:32] for part in digits.train)]
     bad = [reshape(*good[0])]
     loaders = (bad, good) if which == "train" else (good, bad)
-    with pytest.raises(ValueError, match=rf"a loader must yield pairs of tensors \(inputs, target\), got {got}; wrap it"):
+    with pytest.raises(
+        ValueError, match=rf"a loader must yield pairs of tensors \(inputs, target\), got {got}; wrap it"
+    ):
         find(seeded(plain), sgd, cross_entropy, *loaders, budget_steps=BUDGET)
 
 

@@ -95,7 +95,9 @@ def same_decision(one: Forecast, other: Forecast, *, scale: float = 1.0) -> None
     assert one.verdict == other.verdict
     assert other.weight_decay == pytest.approx(scale * one.weight_decay, rel=1e-6)
     assert other.interval == pytest.approx(tuple(scale * end for end in one.interval), rel=1e-6)
-    assert [arm.weight_decay for arm in other.arms] == pytest.approx([scale * a.weight_decay for a in one.arms], rel=1e-6)
+    assert [arm.weight_decay for arm in other.arms] == pytest.approx(
+        [scale * a.weight_decay for a in one.arms], rel=1e-6
+    )
 
 
 def factor_off(found: Forecast, truth: float) -> float:
@@ -115,9 +117,9 @@ def test_the_papers_law_is_found(efolds: float, noise: float):
     assert factor_off(found, truth) < 4
 
 
-def test_an_ordinary_case_is_trusted():
-    found = forecast(Surface(law(1.3)), BUDGET, lr=LR)
-    assert found.verdict == "trust" and "differs from its neighbours by more than the noise" in found.reason
+def test_a_clear_case_is_trusted():
+    found = forecast(Surface(law(1.3), height=0.1), BUDGET, lr=LR)
+    assert found.verdict == "trust" and "by more than the noise" in found.reason
 
 
 @pytest.mark.parametrize("times", [0.5, 1.0, 2.0])
@@ -162,11 +164,11 @@ def test_a_probe_at_odds_with_the_usual_number_of_efolds_is_not_trusted():
 
 
 def test_a_prior_out_of_reach_leaves_the_probe_its_word():
-    """All prior weights underflow here; the answer must still be a quantile of the samples, not their smallest."""
-    options = np.array([1e20, 1e21, 1e22, 1e23, 1e24])
-    found = forecast(Surface(fixed(1e22), noise=0.0), BUDGET, lr=LR, candidates=options)
-    assert found.verdict == "weak" and "disagree" in found.reason
-    assert 1e20 <= found.weight_decay <= 1e22 and found.interval[0] <= found.interval[1]
+    """All prior weights underflow here; the answer must be the sample nearest to the prior, not the smallest one."""
+    options = 1e-22 * 4.0 ** np.arange(-4, 5)
+    found = forecast(Surface(fixed(1e-22), noise=0.0), BUDGET, lr=LR, candidates=options)
+    assert found.verdict == "weak"
+    assert found.weight_decay >= 1e-22 and found.interval[0] <= found.interval[1]
 
 
 def test_wide_noise_widens_the_interval():
@@ -211,9 +213,7 @@ def test_a_larger_learning_rate_asks_for_a_smaller_weight_decay(factor: float):
 
 
 def test_a_learning_rate_may_be_a_number_a_list_or_a_function():
-    one, two, three = (
-        forecast(Surface(law(1.3)), BUDGET, lr=lr) for lr in (LR, [LR] * BUDGET, lambda step: LR)
-    )
+    one, two, three = (forecast(Surface(law(1.3)), BUDGET, lr=lr) for lr in (LR, [LR] * BUDGET, lambda step: LR))
     assert one == two == three
     assert one.rate_per_decay == pytest.approx(RATE) and one.efolds == pytest.approx(RATE * one.weight_decay)
 
@@ -291,7 +291,7 @@ def test_most_of_the_money_is_used():
 def test_too_little_money_for_a_single_step_is_refused():
     found = forecast(Surface(law(1.3)), 10, lr=LR, max_cost=0.05)
     assert found.verdict == "refuse" and found.cost == 0 and found.arms == ()
-    assert "no measurements" in found.reason
+    assert "pays for no measurements: not one step for each of three arms; raise max_cost" in found.reason
 
 
 @pytest.mark.parametrize("beyond", [1e9, math.nan])
@@ -355,7 +355,9 @@ def test_a_failed_arm_counts_as_worst_and_the_forecast_goes_on(how: str):
     found = forecast(probe, BUDGET, lr=LR)
     failed = [arm for arm in found.arms if arm.status == "failed"]
     assert [arm.weight_decay for arm in failed] == [largest]
-    expected = {"raise": "the loss is nan at step 7", "raise bare": "diverged"}.get(how, "the metric is not finite at step")
+    expected = {"raise": "the loss is nan at step 7", "raise bare": "diverged"}.get(
+        how, "the metric is not finite at step"
+    )
     assert failed[0].reason.startswith(expected) and failed[0].reason in found.reason
     assert found.verdict == "weak" and f"1 of {len(found.arms)} arms failed" in found.reason
     assert found.cost == probe.trained / BUDGET
@@ -474,7 +476,9 @@ def test_the_most_to_spend_is_checked(max_cost: float):
         forecast(Surface(law(1.3)), BUDGET, lr=LR, max_cost=max_cost)
 
 
-@pytest.mark.parametrize("candidates", [[], [0.1], [0.1, 0.1], [0.0, 0.1], [-0.1, 0.1], [0.1, math.nan], [0.1, math.inf]])
+@pytest.mark.parametrize(
+    "candidates", [[], [0.1], [0.1, 0.1], [0.0, 0.1], [-0.1, 0.1], [0.1, math.nan], [0.1, math.inf]]
+)
 def test_candidates_are_checked(candidates: list[float]):
     with pytest.raises(ValueError, match="candidates must be at least two different positive weight decays, got "):
         forecast(Surface(law(1.3)), BUDGET, candidates=candidates)
@@ -497,7 +501,9 @@ def test_the_learning_rate_is_checked(lr: object, message: str):
 
 @pytest.mark.parametrize("answer", [([1.0, 2.0], [0.5]), ([[1.0, 2.0]], [[0.5, 0.6]]), (1.0, 0.5)])
 def test_a_probe_of_unequal_arrays_is_named(answer: tuple):
-    with pytest.raises(ValueError, match=r"the probe must return two equally long arrays \(steps, metric\), got shapes"):
+    with pytest.raises(
+        ValueError, match=r"the probe must return two equally long arrays \(steps, metric\), got shapes"
+    ):
         forecast(lambda weight_decay, steps: answer, BUDGET, lr=LR)
 
 

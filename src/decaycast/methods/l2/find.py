@@ -255,8 +255,8 @@ class _Bench:
 
 
 def _copy_of(model: torch.nn.Module) -> dict[str, Any]:
-    state = model.state_dict()
-    hidden = {name: buffer for name, buffer in model.named_buffers() if name not in state}  # registered persistent=False
+    state = model.state_dict()  # which leaves out buffers registered with persistent=False
+    hidden = {name: buffer for name, buffer in model.named_buffers() if name not in state}
     return copy.deepcopy({"state": state, "hidden": hidden})
 
 

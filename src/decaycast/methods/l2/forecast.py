@@ -29,6 +29,7 @@ from decaycast.core.timescale import LearningRate
 from decaycast.methods.l2.arms import PRIOR_EFOLDS, SPACING, Arm, Arms, Plan, Probe, probe_arms
 
 SAMPLES = 4000
+MOST_OPEN = 0.2  # trusted only where the best decay so far lies within the arms with probability 1 - this
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,6 +181,9 @@ def _best_now(comparison: _Comparison, rng: np.random.Generator) -> tuple[np.nda
 
 def _decide(arms: Arms, plan: Plan) -> dict[str, Any]:
     usable = arms.usable()
+    if not arms.curves:
+        spend = f"max_cost {plan.max_cost:g} of {plan.budget_steps} steps"
+        return _fallback(plan, f"{spend} pays for no measurements: not one step for each of three arms; raise max_cost")
     if len(usable) < 2:
         reasons = "; ".join(dict.fromkeys(arms.failed.values())) or "no measurements"
         return _fallback(plan, f"{len(usable)} of {len(arms.curves)} arms could be used ({reasons})")
@@ -234,12 +238,21 @@ def _verdict(
 ) -> tuple[Literal["trust", "weak"], str]:
     low, high = math.exp(comparison.decays[0]), math.exp(comparison.decays[-1])
     width = math.exp(quantiles[2] - quantiles[0])
-    if beyond.mean() > 0.5:
-        side = "smallest" if int(comparison.values.argmax()) == 0 else "largest"
+    best = int(comparison.values.argmax())
+    if best in (0, len(comparison.decays) - 1):
+        side = "smallest" if best == 0 else "largest"
         return (
             "weak",
             f"the {side} of the arms ({low:.2g} to {high:.2g}) was best at step {comparison.step}: a bound only",
         )
+    if beyond.mean() > MOST_OPEN:
+        return "weak", (
+            f"the best arm at step {comparison.step} leads an outermost one ({low:.2g}, {high:.2g}) by no more than noise: "
+            f"a bound only, with probability {beyond.mean():.0%}"
+        )
+    bracket = math.exp(comparison.decays[best + 1] - comparison.decays[best - 1])
+    if bracket > SPACING**2 * 1.01:
+        return "weak", f"the arms around the best one lie a factor of {bracket:.0f} apart; offer more candidates"
     if plan.known_rate and agreement < 0.1:
         return "weak", "the probe and the usual number of e-folds disagree; spend more (max_cost) or verify"
     if arms.failed:
@@ -247,8 +260,8 @@ def _verdict(
     if width > 40:
         return "weak", f"the arms differ little against their noise: the interval spans a factor of {width:.0f}"
     return "trust", (
-        f"the best of the arms at step {comparison.step} lies between {low:.2g} and {high:.2g}, and differs from its "
-        "neighbours by more than the noise"
+        f"the best of the arms at step {comparison.step} lies inside their range, {low:.2g} to {high:.2g}, and leads the "
+        "outermost ones by more than the noise"
     )
 
 
