@@ -22,10 +22,13 @@ class Table:
     losses: np.ndarray
     at: np.ndarray
 
+    def snap(self, decay: float) -> float:
+        """The grid point nearest to `decay` in logarithm: what is trained when a search asks for it."""
+        return float(self.decays[np.argmin(np.abs(np.log(self.decays) - math.log(decay)))])
+
     def read(self, decay: float, seed: int) -> np.ndarray:
-        """One recorded curve of the grid point nearest to `decay`."""
-        index = int(np.argmin(np.abs(np.log(self.decays) - math.log(decay))))
-        return self.losses[index, seed % self.losses.shape[1]]
+        """One recorded curve of that grid point."""
+        return self.losses[int(np.searchsorted(self.decays, self.snap(decay))), seed % self.losses.shape[1]]
 
 
 Search = Callable[[Table, float, int], float]
@@ -36,7 +39,7 @@ def random_search(table: Table, budget: float, seed: int) -> float:
     rng = np.random.default_rng(seed)
     low, high = np.log(table.decays[[0, -1]])
     tried = np.exp(rng.uniform(low, high, max(1, int(budget))))
-    return float(min(tried, key=lambda value: table.read(value, int(rng.integers(99)))[-1]))
+    return table.snap(min(tried, key=lambda value: table.read(value, int(rng.integers(99)))[-1]))
 
 
 def tpe(table: Table, budget: float, seed: int) -> float:
@@ -49,7 +52,7 @@ def tpe(table: Table, budget: float, seed: int) -> float:
         return _finite(table.read(value, trial.number)[-1])
 
     study.optimize(objective, n_trials=max(1, int(budget)))
-    return float(study.best_params["weight_decay"])
+    return table.snap(study.best_params["weight_decay"])
 
 
 def asha(table: Table, budget: float, seed: int) -> float:
@@ -76,7 +79,7 @@ def asha(table: Table, budget: float, seed: int) -> float:
         study.tell(trial, None if pruned else loss, state=state)
     # what was trained longest decides; among those the lowest loss
     longest = max(used for used, _ in seen.values())
-    return float(min((loss, value) for value, (used, loss) in seen.items() if used == longest)[1])
+    return table.snap(min((loss, value) for value, (used, loss) in seen.items() if used == longest)[1])
 
 
 def rank_prefix(fraction: float) -> Search:

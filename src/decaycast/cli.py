@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import json
 import math
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -89,7 +90,7 @@ def find(
         workers=workers,
         data_dir=None if data_dir is None else str(data_dir),
         out=out_dir,
-        command=" ".join(["decaycast", *sys.argv[1:]]),
+        command=shlex.join(["decaycast", *sys.argv[1:]]),
     )
     with _progress(as_json) as progress:
         task = progress.add_task("probing", total=max(1, round(budget * max_cost)), note="")
@@ -107,7 +108,7 @@ def find(
 @app.command()
 def train(
     data: DataOption = "digits",
-    weight_decay: Annotated[float, typer.Option(help="lambda; with --rule autol2 its start")] = 5e-4,
+    weight_decay: Annotated[float | None, typer.Option(help="lambda, autol2's start [0.0005; autol2: 0.1]")] = None,
     rule: Annotated[
         str, typer.Option(help="of the weight decay: constant, cosine, linear, step_decay, autol2")
     ] = "constant",
@@ -126,10 +127,13 @@ def train(
 ) -> None:
     """Train once, with a progress bar of loss, accuracy, lambda and e-folds spent."""
     choose(rule, RULES, "weight decay rule")
+    decay = weight_decay if weight_decay is not None else {"autol2": 0.1}.get(rule, 5e-4)
+    if rule == "autol2" and schedule != "constant":
+        notes.print(
+            "note: AutoL2 is made for a constant learning rate; under a falling one it does not match a tuned constant"
+        )
     config = _config(data, train_size, model, optimizer, lr, momentum, schedule, budget, batch_size)
-    run = Run(
-        config={**config, "weight_decay": _positive("weight decay", weight_decay, zero=True), "rule": rule}, seed=seed
-    )
+    run = Run(config={**config, "weight_decay": _positive("weight decay", decay, zero=True), "rule": rule}, seed=seed)
     with _progress(as_json) as progress:
         task = progress.add_task("training", total=budget, note="")
         row = train_run(
@@ -302,3 +306,7 @@ def _print_result(result: Result) -> None:
 
 def _jsonable(numbers: dict[str, float]) -> dict[str, float | None]:
     return {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+
+
+if __name__ == "__main__":
+    main()

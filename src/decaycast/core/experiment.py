@@ -22,7 +22,7 @@ SIZES: tuple[Size, ...] = ("smoke", "small", "paper")
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One training, described by a flat mapping of plain values and a seed; equal descriptions have equal keys."""
+    """One training: a flat mapping of plain values, and a seed. Equal descriptions (1 is not 1.0) have equal keys."""
 
     config: Mapping[str, Scalar]
     seed: int = 0

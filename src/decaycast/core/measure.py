@@ -37,7 +37,9 @@ def evaluate(
     model.eval()
     loss_sum, correct, count, classes = 0.0, 0.0, 0, True
     try:
-        with torch.inference_mode():
+        with (
+            torch.no_grad()
+        ):  # not inference_mode: a model that caches a tensor here must still be able to train with it
             for inputs, target in batches:
                 output = model(inputs)
                 check_labels(output, target)

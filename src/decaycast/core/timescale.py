@@ -74,7 +74,13 @@ def efolds(
     """
     _check_number("weight_decay", weight_decay)
     rates = learning_rates(lr, steps)
-    return float(_rates(rates, weight_decay, momentum, convention).sum())
+    with np.errstate(over="ignore"):
+        spent = float(_rates(rates, weight_decay, momentum, convention).sum())
+    if not math.isfinite(spent):
+        raise ValueError(
+            f"lr and weight_decay multiply to more than a float holds (weight_decay {weight_decay:g}); check units"
+        )
+    return spent
 
 
 def weight_decay_for(

@@ -58,7 +58,7 @@ def train(
         hooks: see `decaycast.core.hook`; `prepare` is the caller's to call, before it builds the optimiser.
         evaluate: model -> (validation loss, validation accuracy).
         measure_at: numbers of made steps after which to measure.
-        efolds_spent: e-folds of decay before `start` (first group's), carried on in the rows.
+        efolds_spent: e-folds of decay before `start` (the fastest group's), carried on in the rows.
         autocast: context for forward and loss (mixed precision).
         scaler: gradient scaler for float16.
 
@@ -73,7 +73,8 @@ def train(
     wanted, rows = set(measure_at), []
     scheduled = _initial_rates(optimizer) if lr_schedule else []
     has_hooks, spent = bool(hooks), _EfoldMeter(optimizer, efolds_spent)
-    model.train()
+    if not model.training:
+        model.train()  # a model already in training mode keeps the modules its owner froze in evaluation mode
     for step in range(start, stop):
         for group, rate in scheduled:
             _set(group, "lr", rate * lr_schedule(step))  # type: ignore[misc]

@@ -214,10 +214,14 @@ def _find_folder(name: str, data_dir: str | Path | None) -> Path | None:
     return None
 
 
+def _packed_folders(data_dir: str | Path | None) -> list[Path]:
+    return [root for root in _roots(data_dir) if (root / "prepare.py").is_file()]
+
+
 def _advice(name: str, data_dir: str | Path | None) -> str:
     roots = ", ".join(str(root) for root in _roots(data_dir)) or f"no folder given (--data-dir or {ENVIRONMENT})"
     layout = _CIFAR_FOLDER if name == "cifar10" else _IDX_FOLDERS[name][0]
-    packed = [root for root in _roots(data_dir) if (root / "prepare.py").is_file()]
+    packed = _packed_folders(data_dir)
     if name == "cifar10" and packed:
         return (
             f"looked in {roots}: the images are there in packed form; unpack them once with "
@@ -277,6 +281,8 @@ def _cifar_batch(path: Path) -> Arrays:
 
 
 def _download(name: str, data_dir: str | Path | None) -> tuple[Arrays, Arrays]:
+    if name == "cifar10" and _packed_folders(data_dir):
+        raise DataError(f"cifar10 was not found: {_advice(name, data_dir)}")
     try:
         from sklearn.datasets import fetch_openml
 

@@ -126,6 +126,7 @@ def recipe(config: dict[str, Scalar], found: Forecast) -> str:
     if config["schedule"] == "cosine":
         lines.append(f"scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max={steps})")
     elif config["schedule"] != "constant":
+        lines.insert(0, "import decaycast.core.schedule")
         lines.append(f"multiplier = decaycast.core.schedule.by_name({config['schedule']!r}, {steps})")
         lines.append("scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, multiplier)")
     lines.append(

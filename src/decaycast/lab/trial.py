@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as functional
@@ -165,6 +166,12 @@ class _DecaySchedule(Hook):
     def on_step(self, step: int, context: StepContext) -> None:
         if step > 0:  # the constructor has set the value of step 0
             self.scheduler.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.scheduler.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.scheduler.load_state_dict(state)
 
 
 def _rule_hooks(config: dict, optimizer: torch.optim.Optimizer) -> list[Hook]:

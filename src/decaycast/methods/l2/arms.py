@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -130,6 +130,21 @@ class Plan:
             return float(np.clip(math.exp(log_decay), low, high))
         return float(self.candidates[np.argmin(np.abs(np.log(self.candidates) - log_decay))])
 
+    def answer(self, low: float, middle: float, high: float) -> float:
+        """The weight decay to recommend for a posterior with these log-quantiles.
+
+        The candidate nearest to the median, among those within the interval; where none is, the next one below, because
+        decaying too much costs more than decaying too little.
+        """
+        if self.candidates is None:
+            return self.snap(middle)
+        logs = np.log(self.candidates)
+        inside = self.candidates[(logs >= low - 1e-9) & (logs <= high + 1e-9)]
+        if len(inside):
+            return float(inside[np.argmin(np.abs(np.log(inside) - middle))])
+        below = self.candidates[logs < low]
+        return float(below[-1]) if len(below) else float(self.candidates[0])
+
 
 class Arms:
     """The arms trained so far, larger always better; pays for every step asked for."""
@@ -155,19 +170,24 @@ class Arms:
             return
         try:
             raw_steps, raw_values = self.probe(self.plan.decay_of(log_decay), steps)
-        except FloatingPointError as error:
+        except ArithmeticError as error:  # FloatingPointError among them: this arm diverged, the others may not
             self.failed[log_decay] = str(error) or "diverged"
             self.paid[log_decay] = steps
             self.curves.setdefault(log_decay, (np.empty(0), np.empty(0)))
             return
         self.paid[log_decay] = steps
-        at, values = np.asarray(raw_steps, dtype=float), np.asarray(raw_values, dtype=float)
+        at, values = _plain(raw_steps), _plain(raw_values)
         if at.shape != values.shape or at.ndim != 1:
             raise ValueError(
                 f"the probe must return two equally long arrays (steps, metric), got shapes {at.shape} and {values.shape}"
             )
         # a probe may hand out more than was asked for: what was not paid for is not looked at
         keep = at <= steps
+        before = self.curves.get(log_decay)
+        if before is not None and len(before[0]) and keep.any() and at[keep].min() > before[0].max():
+            # it continued the arm and returned only what is new
+            at, values = np.concatenate([before[0], at]), np.concatenate([self.sign * before[1], values])
+            keep = at <= steps
         order = np.argsort(at[keep], kind="stable")
         at, values = at[keep][order], values[keep][order]
         if not np.isfinite(values).all():
@@ -207,6 +227,17 @@ class Arms:
         variance = float(np.mean(wiggle**2)) / 1.5 / (1 - 1 / len(decays))
         return math.sqrt(variance)
 
+    def lead(self, log_decay: float, other: float, until: float) -> tuple[float, float]:
+        """By how much one arm leads another: over the last third of the prefix, and over its first quarter.
+
+        What decay does grows with the e-folds spent. A lead that was there in the first quarter already has another reason:
+        trajectories of equal arms drift apart too, and stay apart for longer than evaluations take.
+        """
+        curves = self.curves[log_decay], self.curves[other]
+        late, early = np.linspace(until * 2 / 3, until, 13), np.linspace(0, until / 4, 13)
+        gaps = [np.interp(times, *curves[0]) - np.interp(times, *curves[1]) for times in (late, early)]
+        return float(gaps[0].mean()), float(gaps[1].mean())
+
     def records(self) -> tuple[Arm, ...]:
         """The arms as they are reported, ascending in weight decay."""
         return tuple(
@@ -219,6 +250,18 @@ class Arms:
             )
             for x in sorted(self.curves)
         )
+
+
+def _plain(values: Any) -> np.ndarray:
+    """A float array of numbers, a list of scalar tensors, or a tensor that may still require a gradient."""
+    detach = getattr(values, "detach", None)
+    if detach is not None:
+        values = detach().cpu()
+    return (
+        np.asarray([float(value) for value in values], dtype=float)
+        if isinstance(values, list)
+        else np.asarray(values, float)
+    )
 
 
 def probe_arms(arms: Arms, plan: Plan) -> None:

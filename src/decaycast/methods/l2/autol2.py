@@ -226,7 +226,7 @@ class AutoL2(WeightDecayController):
         """Whether the next `step` will look at loss and error; otherwise they need not be computed."""
         return self.rule.due(self.steps)
 
-    def step(self, *, loss: Number = None, error: Number = None) -> None:
+    def step(self, loss: Number = None, error: Number = None) -> None:
         """Take in the batch of this optimiser step and set the weight decay in force for it.
 
         Args:

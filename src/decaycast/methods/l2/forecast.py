@@ -29,6 +29,7 @@ from decaycast.core.timescale import LearningRate
 from decaycast.methods.l2.arms import PRIOR_EFOLDS, SPACING, Arm, Arms, Plan, Probe, probe_arms
 
 SAMPLES = 4000
+GROWTH = 2.0  # an effect linear in the e-folds spent grows about sevenfold from the first quarter to the last third
 MOST_OPEN = 0.2  # trusted only where the best decay so far lies within the arms with probability 1 - this
 
 
@@ -191,6 +192,32 @@ def _decide(arms: Arms, plan: Plan) -> dict[str, Any]:
     trouble = _nothing_to_see(arms, comparison)
     if trouble:
         return _fallback(plan, trouble)
+    posterior = _combine(comparison, plan)
+    low, middle, high = posterior.quantiles
+    answer = plan.answer(low, middle, high)
+    verdict, reason = _verdict(comparison, posterior, arms, plan)
+    if not low - 1e-9 <= math.log(answer) <= high + 1e-9:
+        verdict = "weak"
+        reason = f"no candidate lies within the interval, {math.exp(low):.2g} to {math.exp(high):.2g}; {reason}"
+    return {
+        "weight_decay": answer,
+        "interval": (min(math.exp(low), answer), max(math.exp(high), answer)),
+        "verdict": verdict,
+        "reason": reason,
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Posterior:
+    """What is believed of ln lambda*(T): 5, 50 and 95 % quantiles, and what the probe says without the second opinion."""
+
+    quantiles: tuple[float, float, float]
+    probe_alone: float
+    agreement: float
+    beyond: float
+
+
+def _combine(comparison: _Comparison, plan: Plan) -> _Posterior:
     rng = np.random.default_rng(0)  # a fixed seed: the same curves give the same forecast
     now, beyond = _best_now(comparison, rng)
     drift = rng.normal(*plan.drift, SAMPLES)
@@ -198,16 +225,14 @@ def _decide(arms: Arms, plan: Plan) -> dict[str, Any]:
     low, high = np.log(plan.bounds)
     mean, deviation = plan.prior
     surprise = 0.5 * ((then - mean) / deviation) ** 2 if plan.known_rate else np.zeros(SAMPLES)
-    agreement = float(np.exp(-surprise).mean())
     weights = np.exp(surprise.min() - surprise)  # the likeliest sample weighs 1, so that not all vanish
-    quantiles = _weighted_quantiles(np.clip(then, low, high), weights, (0.05, 0.5, 0.95))
-    verdict, reason = _verdict(comparison, beyond, agreement, quantiles, arms, plan)
-    return {
-        "weight_decay": plan.snap(quantiles[1]),
-        "interval": (math.exp(quantiles[0]), math.exp(quantiles[2])),
-        "verdict": verdict,
-        "reason": reason,
-    }
+    five, middle, ninety_five = _weighted_quantiles(np.clip(then, low, high), weights, (0.05, 0.5, 0.95))
+    return _Posterior(
+        quantiles=(float(five), float(middle), float(ninety_five)),
+        probe_alone=float(np.median(np.clip(then, low, high))),
+        agreement=float(np.exp(-surprise).mean()),
+        beyond=float(beyond.mean()),
+    )
 
 
 def _nothing_to_see(arms: Arms, comparison: _Comparison) -> str:
@@ -234,45 +259,77 @@ def _nothing_to_see(arms: Arms, comparison: _Comparison) -> str:
 
 
 def _verdict(
-    comparison: _Comparison, beyond: np.ndarray, agreement: float, quantiles: np.ndarray, arms: Arms, plan: Plan
+    comparison: _Comparison, posterior: _Posterior, arms: Arms, plan: Plan
 ) -> tuple[Literal["trust", "weak"], str]:
-    low, high = math.exp(comparison.decays[0]), math.exp(comparison.decays[-1])
-    width = math.exp(quantiles[2] - quantiles[0])
-    best = int(comparison.values.argmax())
-    if best in (0, len(comparison.decays) - 1):
-        side = "smallest" if best == 0 else "largest"
-        return (
-            "weak",
-            f"the {side} of the arms ({low:.2g} to {high:.2g}) was best at step {comparison.step}: a bound only",
-        )
-    if beyond.mean() > MOST_OPEN:
-        return "weak", (
-            f"the best arm at step {comparison.step} leads an outermost one ({low:.2g}, {high:.2g}) by no more than noise: "
-            f"a bound only, with probability {beyond.mean():.0%}"
-        )
-    bracket = math.exp(comparison.decays[best + 1] - comparison.decays[best - 1])
-    if bracket > SPACING**2 * 1.01:
-        return "weak", f"the arms around the best one lie a factor of {bracket:.0f} apart; offer more candidates"
-    if plan.known_rate and agreement < 0.1:
-        return "weak", "the probe and the usual number of e-folds disagree; spend more (max_cost) or verify"
+    doubt = (
+        _bound_only(comparison, posterior) or _noise_doubt(comparison, arms) or _second_opinion_doubt(posterior, plan)
+    )
+    if doubt:
+        return "weak", doubt
     if arms.failed:
         return "weak", f"{len(arms.failed)} of {len(arms.curves)} arms failed: {next(iter(arms.failed.values()))}"
-    if width > 40:
-        return "weak", f"the arms differ little against their noise: the interval spans a factor of {width:.0f}"
+    low, high = math.exp(comparison.decays[0]), math.exp(comparison.decays[-1])
     return "trust", (
         f"the best of the arms at step {comparison.step} lies inside their range, {low:.2g} to {high:.2g}, and leads the "
         "outermost ones by more than the noise"
     )
 
 
+def _bound_only(comparison: _Comparison, posterior: _Posterior) -> str:
+    """Why the arms do not bracket the best weight decay, or nothing."""
+    low, high = math.exp(comparison.decays[0]), math.exp(comparison.decays[-1])
+    best, step = int(comparison.values.argmax()), comparison.step
+    if best in (0, len(comparison.decays) - 1):
+        side = "smallest" if best == 0 else "largest"
+        return f"the {side} of the arms ({low:.2g} to {high:.2g}) was best at step {step}: a bound only"
+    if posterior.beyond > MOST_OPEN:
+        return (
+            f"the best arm at step {step} leads an outermost one ({low:.2g}, {high:.2g}) by no more than noise: "
+            f"a bound only, with probability {posterior.beyond:.0%}"
+        )
+    bracket = math.exp(comparison.decays[best + 1] - comparison.decays[best - 1])
+    if bracket > SPACING**2 * 1.01:
+        return f"the arms around the best one lie a factor of {bracket:.0f} apart; offer more candidates"
+    return ""
+
+
+def _noise_doubt(comparison: _Comparison, arms: Arms) -> str:
+    """Whether the best arm's lead over an outermost one may be chance: it should have grown while decay acted."""
+    measured = comparison.decays[comparison.shown]
+    best = float(comparison.decays[int(comparison.values.argmax())])
+    for outer in (float(measured[0]), float(measured[-1])):
+        late, early = arms.lead(best, outer, comparison.step)
+        if outer != best and late <= GROWTH * abs(early):
+            return (
+                f"no measurable difference that grows with the decay spent: the best arm leads {math.exp(outer):.2g} by "
+                f"{late:.2g} at step {comparison.step}, and they differed by {abs(early):.2g} from the start"
+            )
+    return ""
+
+
+def _second_opinion_doubt(posterior: _Posterior, plan: Plan) -> str:
+    """Whether probe and second opinion are too far apart to be averaged quietly, or the answer is too wide."""
+    low, middle, high = posterior.quantiles
+    pulled = math.exp(abs(middle - posterior.probe_alone))
+    if plan.known_rate and (posterior.agreement < 0.1 or pulled > SPACING):
+        return (
+            f"the probe alone says {math.exp(posterior.probe_alone):.2g}, the usual number of e-folds moves that by a factor of "
+            f"{pulled:.1f}: they disagree; spend more (max_cost) or verify"
+        )
+    if high - low > math.log(40):
+        return f"the arms differ little against their noise: the interval spans a factor of {math.exp(high - low):.0f}"
+    return ""
+
+
 def _fallback(plan: Plan, reason: str) -> dict[str, Any]:
     mean, deviation = plan.prior
     low, high = np.log(plan.bounds)
     ends = np.clip([mean - 1.645 * deviation, mean + 1.645 * deviation], low, high)
+    answer = plan.snap(mean)
     source = f"{PRIOR_EFOLDS} e-folds" if plan.known_rate else "the middle of the range"
     return {
-        "weight_decay": plan.snap(mean),
-        "interval": (math.exp(ends[0]), math.exp(ends[1])),
+        "weight_decay": answer,
+        "interval": (min(math.exp(ends[0]), answer), max(math.exp(ends[1]), answer)),
         "verdict": "refuse",
         "reason": f"{reason}; the weight decay given is only the fallback, {source}",
     }
