@@ -98,7 +98,7 @@ def markdown(results: list[dict]) -> str:
         "# AutoL2 against the tuned constant",
         "",
         "Made by `DECAYCAST_DATA=<data folder> python bench/autol2.py` after `bench/truth.py`. The paper's networks scaled",
-        "down: its FC on 512 MNIST samples has width 2048 and full batches, here 256 and 64; AutoL2 starts at 0.1 in torch's unit.",
+        "down: its FC on 512 MNIST samples has width 2048 and full batches, here 256, 64; AutoL2 starts at 0.1 in torch's unit.",
         "The tuned constant is chosen on two of the five seeds it is shown on, which flatters it a little.",
         "",
         "Mean +- standard error over five seeds. 'reached': seeds in which AutoL2 came to the tuned run's best, and when.",

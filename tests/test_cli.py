@@ -343,3 +343,22 @@ def test_an_error_stays_one_line_however_long(decaycast: Command, monkeypatch: p
     monkeypatch.setattr(cli, "train_run", fails)
     line = error_line(decaycast("train", *TINY))
     assert "first [bold] word word" in line and line.count("word") == 200
+
+
+def test_the_package_runs_as_a_module(monkeypatch, capsys):
+    monkeypatch.setattr(
+        sys, "argv", ["decaycast", "audit", "--lr", "0.1", "--weight-decay", "5e-4", "--steps", "100", "--json"]
+    )
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("decaycast", run_name="__main__")
+    assert not ended.value.code and json.loads(capsys.readouterr().out)["efolds"] == pytest.approx(0.005)
+
+
+def test_autol2_starts_at_the_papers_value_unless_told_otherwise(monkeypatch):
+    seen = []
+    monkeypatch.setattr(cli, "train_run", lambda run, **_: seen.append(run) or pytest.skip("enough seen"))
+    for arguments, start in (("--rule autol2", 0.1), ("--rule autol2 --weight-decay 0.3", 0.3), ("", 5e-4)):
+        monkeypatch.setattr(sys, "argv", ["decaycast", "train", *arguments.split()])
+        with pytest.raises(pytest.skip.Exception):
+            cli.main()
+        assert seen[-1].config["weight_decay"] == start

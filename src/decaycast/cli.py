@@ -128,10 +128,6 @@ def train(
     """Train once, with a progress bar of loss, accuracy, lambda and e-folds spent."""
     choose(rule, RULES, "weight decay rule")
     decay = weight_decay if weight_decay is not None else {"autol2": 0.1}.get(rule, 5e-4)
-    if rule == "autol2" and schedule != "constant":
-        notes.print(
-            "note: AutoL2 is made for a constant learning rate; under a falling one it does not match a tuned constant"
-        )
     config = _config(data, train_size, model, optimizer, lr, momentum, schedule, budget, batch_size)
     run = Run(config={**config, "weight_decay": _positive("weight decay", decay, zero=True), "rule": rule}, seed=seed)
     with _progress(as_json) as progress:
@@ -140,6 +136,10 @@ def train(
             run,
             data_dir=None if data_dir is None else str(data_dir),
             on_row=lambda r: progress.update(task, completed=int(r["step"]), note=_numbers(r)),
+        )
+    if rule == "autol2" and schedule != "constant" and not as_json:
+        notes.print(
+            "note: AutoL2 is made for a constant learning rate; under a falling one it does not match a tuned constant"
         )
     if store is not None:
         with Store(store) as opened:

@@ -352,3 +352,8 @@ def test_more_efolds_than_heavy_ball_can_spend():
     message = r"at most 0.05268 e-folds per step, 1.686 over 32 steps .* so 2 e-folds are out of reach"
     with pytest.raises(ValueError, match=message):
         dc.weight_decay_for(efolds=2.0, lr=0.02, steps=32, momentum=0.9)
+
+
+def test_a_product_that_no_float_holds_is_refused():
+    with pytest.raises(ValueError, match="multiply to more than a float holds"):
+        dc.efolds(lr=1e200, weight_decay=1e200, steps=1)

@@ -340,3 +340,30 @@ def test_mixed_precision_context_and_scaler_are_used():
         autocast=lambda: torch.autocast("cpu", dtype=torch.bfloat16),
     )
     assert same(weights(model), weights(twin))  # the scale is a power of two: it leaves no trace
+
+
+def test_a_model_in_training_mode_keeps_the_modules_its_owner_froze():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2))
+    model[1].eval()
+    before = model[1].running_mean.clone()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    batches = itertools.repeat((torch.randn(8, 3), torch.zeros(8, dtype=torch.long)))
+    train(model, batches, functional.cross_entropy, optimizer, stop=3)
+    assert not model[1].training and model[0].training and torch.equal(model[1].running_mean, before)
+
+
+def test_a_tensor_cached_while_evaluating_can_be_trained_with():
+    class Caching(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.scale = torch.nn.Linear(3, 2), None
+
+        def forward(self, x):
+            if self.scale is None:
+                self.scale = torch.full((2,), 2.0)
+            return self.layer(x) * self.scale
+
+    model = Caching()
+    evaluate(model, [(torch.randn(4, 3), torch.zeros(4, dtype=torch.long))], functional.cross_entropy)
+    model(torch.randn(4, 3)).sum().backward()
+    assert model.layer.weight.grad is not None

@@ -384,3 +384,10 @@ def test_the_published_data(name: str, first_labels: list[int], pixel_mean: floa
     assert y[:5].tolist() == first_labels
     assert x.mean() / 255 == pytest.approx(pixel_mean, abs=1e-4)
     assert np.bincount(test_y).tolist() == [1000] * 10 or name == "mnist"
+
+
+def test_packed_cifar_is_named_without_asking_the_network(tmp_path, monkeypatch):
+    (tmp_path / "prepare.py").write_text("")
+    monkeypatch.setattr("sklearn.datasets.fetch_openml", lambda *a, **k: pytest.fail("asked the network"))
+    with pytest.raises(data.DataError, match="the images are there in packed form; unpack them once with"):
+        data.load("cifar10", data_dir=tmp_path, train_size=10)

@@ -96,7 +96,13 @@ def test_verification_is_part_of_the_result(tmp_path: Path):
     found = find_weight_decay(request(tmp_path, verify=True, config={"steps": 40, "optimizer": "adamw", "lr": 0.01,
                                                                      "momentum": 0.0}), say=said.append)  # fmt: skip
     check = found.verification
-    assert said[0] == "verifying" and said[-1].startswith("verifying (") and check is not None and check.regret >= 0 and check.seeds == 2
+    assert (
+        said[0] == "verifying"
+        and said[-1].startswith("verifying (")
+        and check is not None
+        and check.regret >= 0
+        and check.seeds == 2
+    )
     assert 0.01 in check.weight_decays and float(f"{found.forecast.weight_decay:.6g}") in check.weight_decays
     assert json.loads(json.dumps(found.to_dict(), allow_nan=False))["verification"]["regret"] == check.regret
     assert "AdamW" in found.page.read_text(encoding="utf-8")

@@ -104,3 +104,9 @@ def test_images_too_small_for_the_cnn_are_refused():
         ValueError, match="images of side 8 are too small for this CNN, which needs at least 10; use an"
     ):
         models.build("cnn", (1, 8, 8), 10, seed=0)
+
+
+@pytest.mark.parametrize("name", ["mlp-0x1", "cnn-0"])
+def test_a_size_of_nothing_is_refused(name: str):
+    with pytest.raises(ValueError, match="every size in a model's name must be at least 1, got"):
+        models.build(name, (1, 28, 28), 10, seed=0)

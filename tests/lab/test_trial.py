@@ -174,3 +174,20 @@ def test_a_trained_network_without_a_finite_test_loss_is_a_failed_row(monkeypatc
     monkeypatch.setattr(Trial, "test", lambda self: {"test_loss": math.nan, "test_accuracy": 0.1})
     row = train_run(tiny(stop=3))
     assert row.status == "failed" and "the trained network's test loss is not finite" in row.reason
+
+
+def test_a_decay_schedule_resumes_from_its_state():
+    run = Run(
+        config={
+            "data": "digits",
+            "train_size": 64,
+            "model": "mlp-8x1",
+            "steps": 40,
+            "rule": "cosine",
+            "weight_decay": 0.1,
+        }
+    )
+    first, second = Trial(run), Trial(run)
+    first.advance(20)
+    second.hooks[0].load_state_dict(first.hooks[0].state_dict())
+    assert second.optimizer.param_groups[0]["weight_decay"] == first.optimizer.param_groups[0]["weight_decay"] < 0.1

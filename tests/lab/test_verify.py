@@ -9,7 +9,7 @@ import pytest
 
 from decaycast.core.experiment import Row, Run
 from decaycast.lab.store import Store
-from decaycast.lab.verify import FRESH_SEEDS, compare, verification_runs, verify
+from decaycast.lab.verify import FRESH_SEEDS, SEEDS, compare, verification_runs, verify
 
 LOSSES = {(0.01, 1): 0.50, (0.01, 2): 0.54, (0.1, 1): 0.40, (0.1, 2): 0.36, (1.0, 1): 0.9, (1.0, 2): 1.1}
 
@@ -70,11 +70,14 @@ def test_the_grid_spans_two_decades_and_holds_the_default():
     runs = verification_runs({"model": "mlp"}, 0.01, default=5e-4)
     decays = [run.config["weight_decay"] for run in runs if run.seed == FRESH_SEEDS[0]]
     assert decays == pytest.approx([0.0005, 0.001, 0.01 / math.sqrt(10), 0.01, 0.01 * math.sqrt(10), 0.1], rel=1e-5)
-    assert 0.01 in decays and len(runs) == len(decays) * len(FRESH_SEEDS)
+    assert 0.01 in decays and len(runs) == len(decays) * SEEDS
     assert all(run.config["model"] == "mlp" for run in runs) and 0 not in FRESH_SEEDS
-    assert len(verification_runs({}, 0.01, default=0.01)) == 5 * len(FRESH_SEEDS), (
-        "a default on the grid is trained once"
-    )
+    assert len(verification_runs({}, 0.01, default=0.01)) == 5 * SEEDS, "a default on the grid is trained once"
+
+
+def test_the_forecasts_own_seed_is_not_fresh():
+    seeds = {run.seed for run in verification_runs({}, 0.01, default=5e-4, forecast_seed=FRESH_SEEDS[0])}
+    assert FRESH_SEEDS[0] not in seeds and len(seeds) == SEEDS
 
 
 def test_verify_trains_what_the_store_lacks(tmp_path: Path):

@@ -150,6 +150,7 @@ def _verify(request: Request, found: Forecast, store: Store, say: Callable[[str]
         found.weight_decay,
         store,
         default=USUAL_DEFAULTS[str(request.config["optimizer"])],
+        forecast_seed=request.seed,
         metric=f"validation_{request.metric}",
         train=functools.partial(train_run, data_dir=request.data_dir),
         execute=execute,

@@ -45,7 +45,7 @@ def build(name: str, shape: tuple[int, ...], classes: int, *, seed: int) -> nn.M
         choose(name, EXAMPLES, "model")
         raise AssertionError("unreachable: every example matches a pattern")
     size = {key: int(value) for key, value in match.groupdict().items() if value and value.isdigit()}
-    if 0 in size.values():
+    if 0 in size.values() and not name.startswith("wrn"):
         raise ValueError(f"every size in a model's name must be at least 1, got {name!r}; for example {EXAMPLES[1]}")
     if name.startswith("mlp"):
         model = mlp(math.prod(shape), classes, width=size.get("width", 256), depth=size.get("depth", 3))

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 from decaycast.core.schedule import cosine
 from decaycast.lab import data
-from decaycast.methods.l2.find import _Bench, find
+from decaycast.methods.l2.find import _Bench, _checked_maker, find
 
 BUDGET, LR = 120, 0.1
 DECAYS = (1e-3, 1e-2, 1e-1, 1.0)
@@ -548,3 +548,25 @@ def test_names_and_shares_are_checked(training: DataLoader, held_out: DataLoader
         call(candidates=[0.0, 0.1])
     with pytest.raises(ValueError, match="lr must be finite and >= 0 at every step, got -0.1"):
         call(lr_schedule=lambda step: -1.0)
+
+
+def test_a_maker_of_parameters_and_decay_is_called_with_the_parameters():
+    seen = []
+
+    def maker(params, weight_decay):
+        seen.append(params)
+        return torch.optim.SGD(params, lr=0.1, weight_decay=weight_decay)
+
+    model = torch.nn.Linear(2, 2)
+    optimizer = _checked_maker(maker)(model, 0.5)
+    assert [id(p) for p in seen[0]] == [id(p) for p in model.parameters()]
+    assert optimizer.param_groups[0]["weight_decay"] == 0.5
+
+
+def test_a_maker_that_cannot_be_called_with_model_and_decay_is_refused():
+    loader = [(torch.zeros(2, 2), torch.zeros(2, dtype=torch.long))]
+    model = torch.nn.Linear(2, 2)
+    with pytest.raises(
+        ValueError, match=r"must take \(model, weight_decay\) and return an optimiser, got one that takes \(wd\)"
+    ):
+        find(model, lambda wd: None, cross_entropy, loader, loader, budget_steps=100)  # type: ignore[arg-type]

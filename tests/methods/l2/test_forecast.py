@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -544,3 +545,65 @@ def test_logged_large_runs_give_an_answer_among_the_candidates(workload: str):
     assert found.weight_decay in runs and set(asked) <= set(runs)
     assert found.cost == sum(asked.values()) / budget <= 0.3
     assert found.reason and all(end > 0 for end in found.interval)
+
+
+# -- what the verdict must not overlook
+
+
+def wandering(rho: float, seed: int):
+    """Arms without any effect of the decay, whose measurements wander with correlation `rho`."""
+    rng, curves = np.random.default_rng(seed), {}
+
+    def probe(weight_decay: float, steps: int):
+        if weight_decay not in curves:
+            noise = np.zeros(200)
+            for i in range(1, 200):
+                noise[i] = rho * noise[i - 1] + math.sqrt(1 - rho**2) * rng.standard_normal()
+            curves[weight_decay] = 1 + 2 * np.exp(-np.arange(200) / 30) + 0.02 * noise
+        at = np.arange(1, 201) * 10.0
+        return at[at <= steps], curves[weight_decay][at <= steps]
+
+    return probe
+
+
+@pytest.mark.parametrize(("rho", "most"), [(0.0, 0.1), (0.5, 0.15), (0.9, 0.4)])
+def test_arms_that_differ_by_chance_are_rarely_trusted(rho: float, most: float):
+    verdicts = [
+        forecast(wandering(rho, seed), 2000, lr=0.1, higher_is_better=False, metric="loss").verdict
+        for seed in range(40)
+    ]
+    assert verdicts.count("trust") / len(verdicts) <= most
+
+
+def test_a_best_decay_far_from_the_usual_efolds_is_not_trusted():
+    for efolds in (0.02, 40.0):
+        found = forecast(Surface(law(efolds)), BUDGET, lr=LR)
+        assert found.verdict != "trust", (efolds, found.reason)
+
+
+def test_the_answer_lies_in_its_interval_and_prefers_too_little_decay():
+    found = forecast(Surface(law(1.3)), BUDGET, lr=LR, candidates=[1e-7, 1.0])
+    low, high = found.interval
+    assert low <= found.weight_decay <= high and found.weight_decay == 1e-7
+
+
+def test_a_probe_may_return_only_what_is_new():
+    whole, seen = Surface(law(1.3), every=1), {}
+
+    def piecewise(weight_decay: float, steps: int):
+        at, values = (np.asarray(part) for part in whole(weight_decay, steps))
+        new = at > seen.get(weight_decay, 0)
+        seen[weight_decay] = steps
+        return at[new], values[new]
+
+    assert forecast(piecewise, BUDGET, lr=LR).to_dict() == forecast(Surface(law(1.3), every=1), BUDGET, lr=LR).to_dict()
+
+
+def test_tensors_that_require_a_gradient_are_read():
+    plain = Surface(law(1.3))
+
+    def probe(weight_decay: float, steps: int):
+        at, values = plain(weight_decay, steps)
+        return torch.tensor(np.asarray(at)), torch.tensor(np.asarray(values), requires_grad=True)
+
+    assert forecast(probe, BUDGET, lr=LR).weight_decay == forecast(Surface(law(1.3)), BUDGET, lr=LR).weight_decay

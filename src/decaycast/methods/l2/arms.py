@@ -170,7 +170,7 @@ class Arms:
             return
         try:
             raw_steps, raw_values = self.probe(self.plan.decay_of(log_decay), steps)
-        except ArithmeticError as error:  # FloatingPointError among them: this arm diverged, the others may not
+        except (FloatingPointError, OverflowError) as error:  # this arm diverged; the others may not
             self.failed[log_decay] = str(error) or "diverged"
             self.paid[log_decay] = steps
             self.curves.setdefault(log_decay, (np.empty(0), np.empty(0)))
@@ -254,14 +254,11 @@ class Arms:
 
 def _plain(values: Any) -> np.ndarray:
     """A float array of numbers, a list of scalar tensors, or a tensor that may still require a gradient."""
-    detach = getattr(values, "detach", None)
-    if detach is not None:
-        values = detach().cpu()
-    return (
-        np.asarray([float(value) for value in values], dtype=float)
-        if isinstance(values, list)
-        else np.asarray(values, float)
-    )
+    if hasattr(values, "detach"):
+        values = values.detach().cpu()
+    if isinstance(values, (list, tuple)) and any(hasattr(value, "detach") for value in values):
+        values = [float(value) for value in values]
+    return np.asarray(values, dtype=float)
 
 
 def probe_arms(arms: Arms, plan: Plan) -> None:

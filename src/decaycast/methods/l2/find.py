@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -47,7 +48,8 @@ def find(
 
     Args:
         model: at its initial weights, on its device. Restored before this returns or raises.
-        make_optimizer: ``(model, weight_decay) -> optimizer``, a new one at each call; groups it gives no decay stay so.
+        make_optimizer: ``(model, weight_decay) -> optimizer``, a new one at each call; groups it gives no decay stay so. A first
+            argument named ``params`` or ``parameters`` is given the model's parameters instead.
         loss_fn: ``(output, target) -> scalar``: the mean data loss, without penalty.
         train_loader: yields (inputs, target); gone through again and again. One batch is one optimiser step.
         val_loader: yields (inputs, target): held-out data, never the test set.
@@ -69,6 +71,7 @@ def find(
     Source: Lewkowycz & Gur-Ari 2020, sec. 2 (one short run predicts); arms, drift and prior as in `forecast`.
     """
     choose(metric, METRICS, "metric")
+    make_optimizer = _checked_maker(make_optimizer)
     budget_steps = whole("budget_steps", budget_steps, least=10)
     for name, loader in (("train_loader", train_loader), ("val_loader", val_loader)):
         if isinstance(loader, Iterator):
@@ -89,6 +92,20 @@ def find(
         )
     finally:
         bench.restore()
+
+
+def _checked_maker(make_optimizer: Callable[..., torch.optim.Optimizer]) -> MakeOptimizer:
+    """`make_optimizer` as a function of model and weight decay; refuses one that cannot be called so."""
+    signature = inspect.signature(make_optimizer)
+    try:
+        signature.bind(None, 0.0)
+    except TypeError as error:
+        raise ValueError(
+            f"make_optimizer must take (model, weight_decay) and return an optimiser, got one that takes {signature}"
+        ) from error
+    if next(iter(signature.parameters)) in ("params", "parameters"):
+        return lambda model, weight_decay: make_optimizer(list(model.parameters()), weight_decay)
+    return make_optimizer
 
 
 def _effective_rates(

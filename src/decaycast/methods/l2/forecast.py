@@ -29,6 +29,7 @@ from decaycast.core.timescale import LearningRate
 from decaycast.methods.l2.arms import PRIOR_EFOLDS, SPACING, Arm, Arms, Plan, Probe, probe_arms
 
 SAMPLES = 4000
+CLEAR = 20.0  # leads above this many times the noise between evaluations are no slow wandering either
 GROWTH = 2.0  # an effect linear in the e-folds spent grows about sevenfold from the first quarter to the last third
 MOST_OPEN = 0.2  # trusted only where the best decay so far lies within the arms with probability 1 - this
 
@@ -294,12 +295,12 @@ def _bound_only(comparison: _Comparison, posterior: _Posterior) -> str:
 
 
 def _noise_doubt(comparison: _Comparison, arms: Arms) -> str:
-    """Whether the best arm's lead over an outermost one may be chance: it should have grown while decay acted."""
+    """Whether the best arm's lead over an outermost one may be chance: it should be large, or have grown while decay acted."""
     measured = comparison.decays[comparison.shown]
     best = float(comparison.decays[int(comparison.values.argmax())])
     for outer in (float(measured[0]), float(measured[-1])):
         late, early = arms.lead(best, outer, comparison.step)
-        if outer != best and late <= GROWTH * abs(early):
+        if outer != best and late <= GROWTH * abs(early) and late <= CLEAR * comparison.noise:
             return (
                 f"no measurable difference that grows with the decay spent: the best arm leads {math.exp(outer):.2g} by "
                 f"{late:.2g} at step {comparison.step}, and they differed by {abs(early):.2g} from the start"
