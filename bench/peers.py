@@ -59,7 +59,8 @@ def asha(table: Table, budget: float, seed: int) -> float:
     """Optuna's Hyperband pruner (asynchronous successive halving, factor 3) over TPE, until the steps are spent."""
     optuna = _optuna()
     pruner = optuna.pruners.HyperbandPruner(min_resource=1, max_resource=27, reduction_factor=3)
-    study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed), pruner=pruner)
+    # Hyperband puts a trial into a bracket by a hash of the study's name
+    study = optuna.create_study(study_name=f"seed {seed}", sampler=optuna.samplers.TPESampler(seed=seed), pruner=pruner)
     spent, seen = 0.0, {}
     while spent < budget:
         trial = study.ask()
