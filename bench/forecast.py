@@ -333,6 +333,14 @@ def _summary(shares: list[float], counted: list[str], cost: float, repeats: int 
     }
 
 
+def _finite(value):
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _mean(values: list[float]) -> float | None:
     return float(np.mean(values)) if values else None
 
@@ -535,7 +543,7 @@ def main() -> None:
         "logged": logged,
         "verdicts": verdicts(live_part, logged),
     }
-    (RESULTS / "forecast.json").write_text(json.dumps(result, indent=1) + "\n")
+    (RESULTS / "forecast.json").write_text(json.dumps(_finite(result), indent=1, allow_nan=False) + "\n")
     (RESULTS / "forecast.md").write_text(markdown(result))
     print(markdown(result))
 
