@@ -28,7 +28,7 @@ import numpy as np
 
 import decaycast as dc
 import peers
-from decaycast.core.experiment import Row, Run
+from decaycast.core.experiment import Row, Run, jsonable
 from decaycast.core.measure import COLUMNS
 from decaycast.lab.execute import in_process, processes
 from decaycast.lab.forecasting import effective_rates
@@ -333,14 +333,6 @@ def _summary(shares: list[float], counted: list[str], cost: float, repeats: int 
     }
 
 
-def _finite(value):
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (tuple, list)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def _mean(values: list[float]) -> float | None:
     return float(np.mean(values)) if values else None
 
@@ -543,7 +535,7 @@ def main() -> None:
         "logged": logged,
         "verdicts": verdicts(live_part, logged),
     }
-    (RESULTS / "forecast.json").write_text(json.dumps(_finite(result), indent=1, allow_nan=False) + "\n")
+    (RESULTS / "forecast.json").write_text(json.dumps(jsonable(result), indent=1, allow_nan=False) + "\n")
     (RESULTS / "forecast.md").write_text(markdown(result))
     print(markdown(result))
 

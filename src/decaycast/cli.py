@@ -18,7 +18,7 @@ try:
 except ImportError as _error:
     raise SystemExit(f"the command line needs typer and rich ({_error}): pip install 'decaycast[lab]'") from _error
 
-from decaycast.core.experiment import Run
+from decaycast.core.experiment import Run, jsonable
 from decaycast.core.names import choose
 from decaycast.core.schedule import by_name
 from decaycast.lab import data as datasets
@@ -146,7 +146,7 @@ def train(
             opened.append(row)
     numbers = {name: values[-1] for name, values in row.curve.items() if values} | dict(row.final)
     if as_json:
-        out.print_json(json.dumps({"status": row.status, "reason": row.reason, **_jsonable(numbers)}))
+        out.print_json(json.dumps({"status": row.status, "reason": row.reason, **jsonable(numbers)}))
     else:
         _print_numbers("trained" if row.status == "done" else f"failed: {row.reason}", numbers)
     if row.status == "failed":
@@ -176,7 +176,7 @@ def audit(
     )
     rows = _decaying(model, optimizer, lr, weight_decay, momentum) if model else []
     if as_json:
-        out.print_json(json.dumps({**found.to_dict(), "parameters": [vars(row) for row in rows]}))
+        out.print_json(json.dumps(jsonable({**found.to_dict(), "parameters": [vars(row) for row in rows]})))
         return
     tau = "infinite" if found.tau is None else f"{found.tau:.3g} of the run"
     out.print(f"[bold]{found.efolds:.3g} e-folds[/] of decay over {steps} steps; relaxation time {tau}")
@@ -302,10 +302,6 @@ def _print_result(result: Result) -> None:
         )
     out.print("page         ", end="")
     out.print(str(result.page), markup=False, highlight=False, soft_wrap=True)
-
-
-def _jsonable(numbers: dict[str, float]) -> dict[str, float | None]:
-    return {name: value if math.isfinite(value) else None for name, value in numbers.items()}
 
 
 if __name__ == "__main__":

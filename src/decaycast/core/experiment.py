@@ -13,7 +13,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 Scalar = str | int | float | bool | None
 Size = Literal["smoke", "small", "paper"]
@@ -88,6 +88,15 @@ class Panel:
     x_log: bool = False
     y_log: bool = False
     caption: str = ""
+
+
+def jsonable(value: Any) -> Any:
+    """`value` (dicts, sequences, plain values) as JSON can hold it: tuples become lists, numbers that are not finite None."""
+    if isinstance(value, dict):
+        return {key: jsonable(item) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [jsonable(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class Figure(Protocol):

@@ -58,6 +58,7 @@ def processes(workers: int = 2) -> Execute:
         raise ValueError(f"workers must be at least 1, got {workers}; use in_process to train in this process")
 
     def execute(runs: Sequence[Run], train: Train, on_row: OnRow) -> None:
+        """Train `runs` with `train` in the workers; `on_row` gets each row here."""
         _require_importable(train)
         pending = deque(runs)
         crew: list[_Worker] = []

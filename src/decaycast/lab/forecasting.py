@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from decaycast.core.experiment import Row, Run, Scalar
+from decaycast.core.experiment import Row, Run, Scalar, jsonable
 from decaycast.core.schedule import by_name
 from decaycast.core.timescale import group_rate
 from decaycast.lab.execute import Execute, in_process, processes
@@ -52,7 +51,7 @@ class Result:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         checked = None if self.verification is None else asdict(self.verification)
-        return {**self.forecast.to_dict(), "verification": _no_nan(checked), "page": str(self.page)}
+        return {**self.forecast.to_dict(), "verification": jsonable(checked), "page": str(self.page)}
 
 
 def recipe_config(**settings: Scalar) -> dict[str, Scalar]:
@@ -156,11 +155,3 @@ def _verify(request: Request, found: Forecast, store: Store, say: Callable[[str]
         execute=execute,
         on_row=report,
     )
-
-
-def _no_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _no_nan(item) for key, item in value.items()}
-    if isinstance(value, (tuple, list)):
-        return [_no_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -25,6 +25,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from decaycast.core.experiment import jsonable
 from decaycast.core.timescale import LearningRate
 from decaycast.methods.l2.arms import PRIOR_EFOLDS, SPACING, Arm, Arms, Plan, Probe, probe_arms
 
@@ -55,7 +56,7 @@ class Forecast:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; numbers that are not finite become None."""
-        return _finite(asdict(self))
+        return jsonable(asdict(self))
 
     def plot(self) -> Any:
         """Plotly figure of the arms' curves, coloured by weight decay; needs ``decaycast[lab]``."""
@@ -340,11 +341,3 @@ def _weighted_quantiles(values: np.ndarray, weights: np.ndarray, at: Sequence[fl
     order = np.argsort(values)
     cumulative = np.cumsum(weights[order])
     return values[order][np.searchsorted(cumulative, np.asarray(at) * cumulative[-1])]
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (tuple, list)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
