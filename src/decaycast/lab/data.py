@@ -68,7 +68,7 @@ def load(
     split_seed: int = 0,
     data_dir: str | Path | None = None,
 ) -> Split:
-    """Read a data set and split it.
+    """Read a data set and split it. The tensors are kept and handed out again: read them, do not write into them.
 
     Args:
         name: one of `NAMES`.

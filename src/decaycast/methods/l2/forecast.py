@@ -39,7 +39,9 @@ MOST_OPEN = 0.2  # trusted only where the best decay so far lies within the arms
 class Forecast:
     """The forecast weight decay, how sure it is, and what it cost.
 
-    On "refuse", `weight_decay` is the fallback named in `reason`, not a forecast.
+    On "refuse", `weight_decay` is the fallback named in `reason`, not a forecast. `efolds` is nominal, the summed rate times
+    `weight_decay`: where heavy ball cannot shrink weights that fast (`efolds` of `decaycast.core.timescale` caps it), less.
+    `cost` is in full runs and holds every step asked of the probe.
     """
 
     weight_decay: float
