@@ -1,0 +1,390 @@
+"""The closed forms against ODE integration, incomplete gamma functions, limits, and a real network's derivatives."""
+
+from __future__ import annotations
+
+import doctest
+
+import mpmath
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.integrate import solve_ivp
+
+from decaycast.methods.l2 import theory
+
+CASE = {"eigenvalue": 1.0, "target": 1.0, "weight_decay": 0.1, "homogeneity": 2}
+
+
+def integrate(times, gamma, y, start, decay, k):
+    """Theorem 1 for one mode, step by step."""
+
+    def slope(t, f):
+        return -gamma * np.exp(-2 * (k - 1) * decay * t) * (f - y) - k * decay * f
+
+    found = solve_ivp(slope, (0.0, times[-1]), [start], method="DOP853", t_eval=times, rtol=1e-12, atol=1e-14)
+    return found.y[0]
+
+
+def exact(t, gamma, y, start, decay, k):
+    """Theorem 2 in 60 digits: the integral is a difference of incomplete gamma functions (k >= 2, lambda > 0)."""
+    with mpmath.workdps(60):
+        t, gamma, y, start, decay, k = (mpmath.mpf(value) for value in (t, gamma, y, start, decay, k))
+        a, p = 2 * (k - 1) * decay, k / (2 * (k - 1))
+        first, last = gamma / a, gamma * mpmath.exp(-a * t) / a
+        memory = mpmath.exp(last) * last**p * mpmath.gammainc(1 - p, last, first)
+        return float(start * mpmath.exp(last - first - k * decay * t) + y * memory)
+
+
+# the solution
+
+
+@pytest.mark.parametrize("k", [0, 1, 2, 3, 4])
+@pytest.mark.parametrize("decay", [0.01, 0.1])
+def test_a_mode_solves_the_equation(k: int, decay: float):
+    times = np.linspace(0.0, 3.0 / decay if k else 0.7 / decay, 23)
+    for gamma, y, start in [(1.0, 1.0, 0.3), (0.2, -1.7, 0.4), (5.0, 0.6, -2.0)]:
+        found = theory.mode(times, eigenvalue=gamma, target=y, initial=start, weight_decay=decay, homogeneity=k)
+        assert np.abs(found - integrate(times, gamma, y, start, decay, k)).max() < 1e-9
+
+
+@pytest.mark.parametrize("k", [2, 2.5, 3, 4])
+@pytest.mark.parametrize("ratio", [1e-6, 0.03, 1.0, 40.0, 1400.0, 1e8])
+def test_a_mode_to_thirteen_digits_through_all_its_phases(k: float, ratio: float):
+    decay = 0.037
+    for scaled in [1e-9, 1e-4, 0.02, 0.3, 1.0, 4.0, 20.0]:
+        want = exact(scaled / decay, ratio * decay, 1.3, 0.2, decay, k)
+        found = theory.mode(
+            scaled / decay, eigenvalue=ratio * decay, target=1.3, initial=0.2, weight_decay=decay, homogeneity=k
+        )
+        assert found == pytest.approx(want, rel=2e-13), scaled
+
+
+def test_the_highest_point_of_a_mode_is_that_of_the_fact_sheet():
+    decay = np.array([0.01, 0.1])
+    case = {**CASE, "initial": 0.3, "weight_decay": decay}
+    peak = theory.time_of_peak(**case)
+    assert decay * peak == pytest.approx([0.076, 0.276], abs=5e-4)
+    assert theory.mode(peak, **case) == pytest.approx([0.977, 0.742], abs=5e-4)
+    assert (theory.mode(peak, **case) > theory.mode(peak * [[0.99], [1.01]], **case)).all()
+
+
+@pytest.mark.parametrize("k", [2, 3, 4])
+def test_a_large_eigenvalue_follows_the_quasi_static_value(k: int):
+    decay, gamma, y = 1e-4, 1e4, -2.0
+    times = np.array([0.01, 10.0, 1e3, 1e4])
+    case = {"eigenvalue": gamma, "target": y, "weight_decay": decay, "homogeneity": k}
+    found = theory.mode(times, initial=5.0, **case)
+    now = gamma * np.exp(-2 * (k - 1) * decay * times)
+    assert found == pytest.approx(y * now / (now + k * decay), rel=1e-8)
+    assert theory.quasi_static(times, **case) == pytest.approx(y * now / (now + k * decay), rel=1e-14)
+
+
+def test_nothing_is_lost_in_blocks():
+    gamma = np.geomspace(1e-3, 1e3, 9001)
+    case = {"target": 1.0, "weight_decay": 0.1, "homogeneity": 3}
+    found = theory.mode(2.0, eigenvalue=gamma, **case)
+    picked = [0, 4095, 4096, 9000]
+    assert found[picked] == pytest.approx(
+        [float(theory.mode(2.0, eigenvalue=gamma[i], **case)) for i in picked], rel=1e-13
+    )
+
+
+# limits
+
+
+@pytest.mark.parametrize("k", [0, 1, 2, 3, 4])
+def test_without_decay_it_is_plain_ntk_training(k: int):
+    times, gamma = np.array([0.0, 1e-3, 0.5, 3.0, 200.0]), 0.7
+    want = 2.0 + (-1.0 - 2.0) * np.exp(-gamma * times)
+    for decay, accuracy in [(0.0, 1e-14), (1e-300, 1e-14), (1e-15, 1e-12), (1e-9, 1e-5)]:
+        found = theory.mode(times, eigenvalue=gamma, target=2.0, initial=-1.0, weight_decay=decay, homogeneity=k)
+        assert found == pytest.approx(want, rel=accuracy)
+
+
+@pytest.mark.parametrize("k", [0, 1, 2, 3])
+def test_it_starts_at_the_start_and_ends_where_it_has_to(k: int):
+    case = {"eigenvalue": 0.5, "target": 2.0, "initial": -0.25, "homogeneity": k}
+    assert theory.mode(0.0, weight_decay=0.3, **case) == -0.25
+    end = {0: 2.0, 1: 2.0 * 0.5 / 0.8}.get(k, 0.0)
+    assert theory.mode([np.inf, 1e5], weight_decay=0.3, **case) == pytest.approx([end, end], rel=1e-15)
+    assert theory.mode(np.inf, weight_decay=0.0, **case) == 2.0
+    still = {**case, "eigenvalue": 0.0}
+    assert theory.mode([2.0, np.inf], weight_decay=0.3, **still) == pytest.approx(
+        [-0.25 * np.exp(-0.6 * k), 0.0 if k else -0.25], rel=1e-15
+    )
+    assert theory.mode(np.inf, weight_decay=0.0, **still) == -0.25
+
+
+def test_ridge_is_ridge_regression():
+    times = np.array([0.0, 0.4, 9.0])
+    found = theory.mode(times, eigenvalue=3.0, target=2.0, initial=0.5, weight_decay=0.2, homogeneity=1)
+    best = 3.0 * 2.0 / 3.2
+    assert found == pytest.approx(best + (0.5 - best) * np.exp(-3.2 * times), rel=1e-14)
+
+
+def test_scale_invariant_weights_train_at_the_effective_rate():
+    """Gradient descent on the function, without L2, with lr*exp(2*lr*lambda*steps)."""
+    lr, decay, gamma = 1e-3, 0.2, 0.5
+    steps = np.arange(4000)
+    rates = theory.effective_learning_rate(lr, decay, steps)
+    assert rates[[0, 2500]] == pytest.approx([lr, lr * np.e], rel=1e-14)
+    trained = 1.0 - 0.9 * np.prod(1.0 - gamma * rates)
+    closed = theory.mode(4.0, eigenvalue=gamma, target=1.0, initial=0.1, weight_decay=decay, homogeneity=0)
+    assert trained == pytest.approx(closed, rel=1e-3)
+    assert abs(closed - (1.0 - 0.9 * np.exp(-gamma * 4.0))) > 0.05  # plain training is elsewhere
+
+
+# times
+
+
+def test_the_peak_is_where_the_slope_changes_sign():
+    gamma, decay = np.geomspace(1e-2, 1e6, 9), 0.01
+    for k, start in [(2, 0.0), (3, -4.0), (4, 0.001)]:
+        case = {"eigenvalue": gamma, "target": -2.0, "initial": -2.0 * start, "weight_decay": decay, "homogeneity": k}
+        peak = theory.time_of_peak(**case)
+        assert ((peak > 0) & np.isfinite(peak)).all()
+        below, above = (
+            abs(integrate([0.0, x], gamma[2], 1.0, start, decay, k)[-1]) for x in (0.9 * peak[2], 1.1 * peak[2])
+        )
+        assert theory.mode(peak, **case)[2] / -2.0 > max(below, above)
+    # gamma >> lambda: the start is forgotten when exp(-gamma*t) = 2(k-1)*k*(lambda/gamma)**2, far below rounding of f
+    fast = theory.time_of_peak(eigenvalue=1e6, target=1.0, weight_decay=0.01, homogeneity=2)
+    assert fast == pytest.approx(np.log(1e16 / 4.0) / 1e6, rel=1e-6)
+
+
+def test_modes_without_a_peak():
+    case = {"eigenvalue": 1.0, "target": 1.0}
+    assert theory.time_of_peak(**case, initial=0.9, weight_decay=0.1, homogeneity=2) == 0.0  # above 1/1.2
+    assert theory.time_of_peak(**case, weight_decay=0.0, homogeneity=2) == np.inf
+    assert theory.time_of_peak(**case, weight_decay=0.1, homogeneity=[0, 1]).tolist() == [np.inf, np.inf]
+    flat = theory.time_of_peak(eigenvalue=[0.0, 1.0], target=[1.0, 0.0], weight_decay=0.1, homogeneity=2)
+    assert flat.tolist() == [0.0, 0.0]
+
+
+def test_a_mode_is_lost_when_it_is_down_to_a_half():
+    lost = theory.time_of_loss(eigenvalue=[1.0, 7.0], weight_decay=0.01, homogeneity=[[2], [4]])
+    assert lost[0, 0] == pytest.approx(np.log(50.0) / 0.02)
+    half = theory.quasi_static(lost, eigenvalue=[1.0, 7.0], target=3.0, weight_decay=0.01, homogeneity=[[2], [4]])
+    assert half == pytest.approx(np.full((2, 2), 1.5), rel=1e-13)
+    never = theory.time_of_loss(eigenvalue=[0.0, 0.1, 9.0], weight_decay=[[0.2], [0.0]], homogeneity=2)
+    assert never[0, :2].tolist() == [0.0, 0.0] and 0 < never[0, 2] < np.inf
+    assert never[1].tolist() == [0.0, np.inf, np.inf]
+    assert theory.time_of_loss(eigenvalue=1.0, weight_decay=0.1, homogeneity=[0, 1]).tolist() == [np.inf, np.inf]
+
+
+def test_the_kernel_shrinks_stays_or_grows():
+    assert theory.kernel_scale([0.0, 5.0], 0.1, [[0], [1], [2]]) == pytest.approx(
+        np.array([[1, np.e], [1, 1], [1, 1 / np.e]])
+    )
+    assert theory.kernel_eigenvalue(3.0, 0.1, 5.0, 3) == pytest.approx(3.0 * np.exp(-2.0))
+    assert theory.kernel_scale(np.inf, [0.0, 1.0], 2).tolist() == [1.0, 0.0]
+    assert theory.kernel_scale(1e6, 1.0, 0) == np.inf
+    assert theory.effective_learning_rate(1.0, 1.0, 1e6) == np.inf
+
+
+# shapes and bounds
+
+
+def test_everything_broadcasts():
+    shape = (5, 4, 3, 2)
+    t, gamma, decay = np.ones((5, 1, 1, 1)), np.ones((4, 1, 1)), np.full((3, 1), 0.1)
+    k = [0.0, 3.0]
+    found = theory.mode(t, eigenvalue=gamma, target=1.0, initial=torch.zeros(1), weight_decay=decay, homogeneity=k)
+    assert found.shape == shape and found.dtype == np.float64
+    single = [float(theory.mode(1.0, eigenvalue=1.0, target=1.0, weight_decay=0.1, homogeneity=each)) for each in k]
+    assert found[2, 1, 0] == pytest.approx(single, rel=1e-14)
+    assert theory.kernel_eigenvalue(gamma, decay, t, k).shape == shape
+    assert theory.quasi_static(t, eigenvalue=gamma, target=1, weight_decay=decay, homogeneity=k).shape == shape
+    assert theory.time_of_peak(eigenvalue=gamma, target=1, weight_decay=decay, homogeneity=k).shape == shape[1:]
+    assert theory.time_of_loss(eigenvalue=gamma, weight_decay=decay, homogeneity=k).shape == shape[1:]
+    assert theory.effective_learning_rate([[0.1], [0.2]], 0.1, [1, 2, 3]).shape == (2, 3)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    t=st.floats(0, 1e6),
+    gamma=st.floats(0, 1e9),
+    y=st.floats(1e-3, 1e3),
+    decay=st.floats(0, 10),
+    k=st.sampled_from([0, 1, 2, 3, 7]),
+)
+def test_a_mode_stays_between_nothing_and_its_target(t: float, gamma: float, y: float, decay: float, k: int):
+    case = {"eigenvalue": gamma, "target": y, "weight_decay": decay, "homogeneity": k}
+    found = float(theory.mode(t, **case))
+    assert 0.0 <= found <= y * (1 + 1e-13)
+    assert float(theory.mode(t, initial=y / 2, **case)) >= found  # paths never cross
+
+
+# a whole training set
+
+
+def data(n: int = 7, m: int = 3) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(5)
+    features = rng.normal(size=(n + m, 12))
+    return features @ features.T, rng.normal(size=(n + m, 2)), rng.normal(size=(n + m, 2))
+
+
+@pytest.mark.parametrize("k", [0, 1, 2, 3])
+def test_the_outputs_of_a_network_on_all_points(k: int):
+    """All points at once, train and other, against theorem 1 integrated."""
+    n, decay = 7, 0.2
+    kernel, start, y = data(n)
+    times = np.array([0.0, 0.3, 1.0, 4.0])
+
+    def slope(t, flat):
+        f = flat.reshape(y.shape)
+        pull = np.exp(-2 * (k - 1) * decay * t) * kernel[:, :n] @ (f[:n] - y[:n]) / n
+        return (-pull - k * decay * f).ravel()
+
+    solved = solve_ivp(slope, (0.0, 4.0), start.ravel(), method="DOP853", t_eval=times, rtol=1e-11, atol=1e-13)
+    want = solved.y.T.reshape(len(times), *y.shape)
+    common = {"weight_decay": decay, "homogeneity": k}
+    train = theory.function_evolution(times, kernel[:n, :n], y[:n], initial=start[:n], **common)
+    other = theory.prediction_evolution(
+        times, kernel[:n, :n], y[:n], kernel[n:, :n], initial=start[:n], cross_initial=start[n:], **common
+    )
+    assert np.abs(train - want[:, :n]).max() < 1e-8
+    assert np.abs(other - want[:, n:]).max() < 1e-8
+    one = theory.function_evolution(times, kernel[:n, :n], y[:n, 1], initial=start[:n, 1], **common)
+    assert one == pytest.approx(train[..., 1], rel=1e-12)
+
+
+def test_a_kernel_without_full_rank_is_fine():
+    kernel, _, y = data(9)
+    features = np.linalg.cholesky(kernel + 1e-9 * np.eye(12))[:, :4]
+    low = features @ features.T
+    common = {"weight_decay": 0.1, "homogeneity": 2}
+    train = theory.function_evolution([0.5, 2.0], low[:9, :9], y[:9], **common)
+    again = theory.prediction_evolution([0.5, 2.0], low[:9, :9], y[:9], low[:9, :9], **common)
+    assert again == pytest.approx(train, abs=1e-12)
+    nothing = theory.prediction_evolution(
+        [1.0], np.zeros((2, 2)), [1.0, 2.0], np.zeros((1, 2)), cross_initial=1.0, **common
+    )
+    assert nothing == pytest.approx(np.exp([[-0.2]]))
+
+
+def test_a_table_of_outputs_is_a_table_of_modes():
+    times, gamma, y = np.array([0.0, 1.0, 1.0, 30.0]), np.array([2.0, 0.5, -1e-16]), np.array([1.0, -2.0, 3.0])
+    found = theory.outputs(times, gamma, y, 0.1, 0.05, 3)
+    case = {"eigenvalue": [2.0, 0.5, 0.0], "target": y, "initial": 0.1, "weight_decay": 0.05, "homogeneity": 3}
+    assert found == pytest.approx(theory.mode(times[:, None], **case), rel=1e-13)
+    assert found.shape == (4, 3)
+    single = theory.function_evolution(
+        [1.0], torch.tensor([[2.0, 1.0], [1.0 + 1e-7, 2.0]]), [1.0, 0.0], weight_decay=0.1, homogeneity=2
+    )
+    assert np.isfinite(single).all()  # float32 rounding is no asymmetry
+
+
+# the identities at finite width
+
+DEPTH, DECAY = 3, 0.1
+
+
+def network() -> tuple[tuple[torch.Tensor, ...], torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    sizes = [(6, 4), (5, 6), (1, 5)]
+    weights = tuple(torch.randn(*size, generator=generator, dtype=torch.float64) / size[1] ** 0.5 for size in sizes)
+    x = torch.randn(5, 4, generator=generator, dtype=torch.float64)
+    return weights, x, torch.randn(5, generator=generator, dtype=torch.float64)
+
+
+def function(weights: tuple[torch.Tensor, ...], x: torch.Tensor) -> torch.Tensor:
+    for weight in weights[:-1]:
+        x = torch.relu(x @ weight.T)
+    return (x @ weights[-1].T)[:, 0]
+
+
+def kernel_of(weights: tuple[torch.Tensor, ...], x: torch.Tensor) -> torch.Tensor:
+    jacobian = torch.func.jacrev(function)(weights, x)
+    flat = torch.cat([part.reshape(len(x), -1) for part in jacobian], dim=1)
+    return flat @ flat.T
+
+
+def along(f, weights: tuple[torch.Tensor, ...], direction: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """Derivative of `f` at `weights` when these move in `direction`."""
+    jacobian = torch.func.jacrev(f)(weights)
+    return sum(torch.tensordot(part, step, dims=step.ndim) for part, step in zip(jacobian, direction, strict=True))
+
+
+def data_loss(weights: tuple[torch.Tensor, ...], x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return ((function(weights, x) - y) ** 2).mean() / 2
+
+
+def test_decay_acts_on_a_small_network_as_in_theorem_1():
+    """The part of df/dt and dTheta/dt that L2 adds is k*lambda*f and 2(k-1)*lambda*Theta, exactly."""
+    weights, x, _ = network()
+    shrink = tuple(-DECAY * weight for weight in weights)
+    outputs, change = function(weights, x), along(lambda w: function(w, x), weights, shrink)
+    ratio = -change / outputs
+    assert ratio.numpy() == pytest.approx(np.full(5, 0.300), rel=1e-12)
+    kernel, change = kernel_of(weights, x), along(lambda w: kernel_of(w, x), weights, shrink)
+    assert (-change / kernel).numpy() == pytest.approx(np.full((5, 5), 0.400), rel=1e-10)
+    scaled = tuple(np.exp(-DECAY) * weight for weight in weights)  # decay alone for a time of 1
+    want = kernel.numpy() * theory.kernel_scale(1.0, DECAY, DEPTH)
+    assert kernel_of(scaled, x).numpy() == pytest.approx(want, rel=1e-12)
+
+
+def test_the_function_of_a_small_network_moves_as_in_theorem_1():
+    weights, x, y = network()
+    slope = torch.func.grad(data_loss)(weights, x, y)
+    flow = tuple(-g - DECAY * w for g, w in zip(slope, weights, strict=True))
+    outputs, change = function(weights, x), along(lambda w: function(w, x), weights, flow)
+    kernel = kernel_of(weights, x)
+    assert torch.allclose(change, -kernel @ (outputs - y) / 5 - DEPTH * DECAY * outputs, rtol=1e-12, atol=1e-13)
+    soon = theory.function_evolution([1e-6], kernel, y, initial=outputs, weight_decay=DECAY, homogeneity=DEPTH)[0]
+    assert (soon - outputs.numpy()) / 1e-6 == pytest.approx(change.numpy(), rel=1e-4)
+
+
+# what is refused
+
+EYE = np.eye(2)
+WHOLE = {"weight_decay": 0.1, "homogeneity": 2}
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: theory.kernel_scale(1.0, -0.1, 2), "weight_decay has to be at least 0, got -0.1"),
+        (lambda: theory.kernel_scale(-1.0, 0.1, 2), "time has to be at least 0, got -1"),
+        (lambda: theory.kernel_scale(np.nan, 0.1, 2), "time has to be at least 0, got nan"),
+        (lambda: theory.kernel_scale(1.0, 0.1, -1), "homogeneity has to be at least 0, got -1"),
+        (lambda: theory.kernel_scale(1.0, np.inf, 2), "weight_decay has to be finite, got inf"),
+        (lambda: theory.kernel_scale("soon", 0.1, 2), "time has to be a number or an array of numbers, got 'soon'"),
+        (lambda: theory.kernel_eigenvalue(-1.0, 0.1, 1.0, 2), "eigenvalues have to be at least 0, got -1"),
+        (lambda: theory.mode(1.0, **{**CASE, "homogeneity": 1.5}), "homogeneity has to be 0, 1 or at least 2, got 1.5"),
+        (lambda: theory.mode(1.0, **{**CASE, "eigenvalue": np.nan}), "eigenvalue has to be finite, got nan"),
+        (lambda: theory.mode(1.0, **{**CASE, "eigenvalue": [1, -1e-3]}), "more than rounding"),
+        (lambda: theory.mode(1.0, **{**CASE, "target": np.inf}), "target has to be finite"),
+        (lambda: theory.mode(1.0, **CASE, initial=np.nan), "initial has to be finite"),
+        (lambda: theory.mode([1.0, -2.0], **CASE), "t has to be at least 0, got -2"),
+        (lambda: theory.time_of_loss(eigenvalue=1.0, weight_decay=0.1, homogeneity=-2), "at least 0, got -2"),
+        (lambda: theory.time_of_peak(**{**CASE, "weight_decay": -1}), "weight_decay has to be at least 0"),
+        (lambda: theory.effective_learning_rate(0.0, 0.1, 1), "lr has to be above 0, got 0"),
+        (lambda: theory.effective_learning_rate(0.1, 0.1, -1), "steps has to be at least 0, got -1"),
+        (lambda: theory.outputs([1.0, 0.5], [1.0], [1.0], 0.0, 0.1, 2), "it decreases; sort it first"),
+        (lambda: theory.outputs(1.0, [1.0], [1.0], 0.0, 0.1, 2), r"time has to have shape \(times,\), got \(\)"),
+        (lambda: theory.outputs([1.0], 1.0, [1.0], 0.0, 0.1, 2), r"eigenvalues have to have shape \(n,\)"),
+        (lambda: theory.outputs([1.0], [1.0], [1.0, 2.0], 0.0, 0.1, 2), r"targets have to have shape \(1,\)"),
+        (lambda: theory.outputs([1.0], [1.0], [1.0], [0.0, 0.0], 0.1, 2), "initial has to be one number or of shape"),
+        (lambda: theory.outputs([1.0], [1.0], [1.0], 0.0, [0.1, 0.2], 2), "single numbers here"),
+        (lambda: theory.function_evolution([1.0], [1.0], [1.0], **WHOLE), r"square matrix, got shape \(1,\)"),
+        (lambda: theory.function_evolution([1.0], [[1, 2], [0, 1]], [1, 1], **WHOLE), "kernel is not symmetric"),
+        (lambda: theory.function_evolution([1.0], [[1, 2], [2, 1]], [1, 1], **WHOLE), "is the kernel a kernel"),
+        (lambda: theory.function_evolution([1.0], EYE, [1, 1, 1], **WHOLE), r"targets have to have shape \(2,\)"),
+        (lambda: theory.prediction_evolution([1.0], EYE, [1, 1], [[1.0]], **WHOLE), r"\(points, 2\), got \(1, 1\)"),
+        (
+            lambda: theory.prediction_evolution([1.0], EYE, [1, 1], EYE, cross_initial=[1.0], **WHOLE),
+            "cross_initial has to be one number or of shape",
+        ),
+    ],
+)
+def test_it_refuses(call, message: str):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_the_examples_are_true():
+    failed, tried = doctest.testmod(theory)
+    assert failed == 0 and tried >= 10
