@@ -8,7 +8,7 @@ SOURCES := $(shell find src -type f -name '*.py' -o -type f -name '*.html')
 .PHONY: demo test test-fast lint format clean
 
 demo: .venv-demo/installed  ## forecast the weight decay of a network on real data, and write the page
-	.venv-demo/bin/decaycast find --data digits --train-size 512 --optimizer adamw --budget 2000 --verify
+	.venv-demo/bin/decaycast find --data digits --train-size 512 --optimizer adamw --budget 1500 --verify
 
 test: .venv-test/installed  ## the whole suite
 	.venv-test/bin/python -m pytest -q

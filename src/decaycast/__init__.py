@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from decaycast.core.schedule import WeightDecayScheduler
 from decaycast.core.timescale import effective_rate, efolds, weight_decay_for
+from decaycast.methods.l2 import theory as infinite_width
 from decaycast.methods.l2.autol2 import AutoL2, AutoL2Rule
 from decaycast.methods.l2.find import find
 from decaycast.methods.l2.forecast import Forecast, forecast
@@ -28,5 +29,6 @@ __all__ = [
     "efolds",
     "find",
     "forecast",
+    "infinite_width",
     "weight_decay_for",
 ]

@@ -33,7 +33,7 @@ def exact(t, gamma, y, start, decay, k):
         t, gamma, y, start, decay, k = (mpmath.mpf(value) for value in (t, gamma, y, start, decay, k))
         a, p = 2 * (k - 1) * decay, k / (2 * (k - 1))
         first, last = gamma / a, gamma * mpmath.exp(-a * t) / a
-        memory = mpmath.exp(last) * last**p * mpmath.gammainc(1 - p, last, first)
+        memory = mpmath.exp(last) * last**p * (mpmath.gammainc(1 - p, last) - mpmath.gammainc(1 - p, first))
         return float(start * mpmath.exp(last - first - k * decay * t) + y * memory)
 
 
@@ -103,6 +103,13 @@ def test_without_decay_it_is_plain_ntk_training(k: int):
         assert found == pytest.approx(want, rel=accuracy)
 
 
+@pytest.mark.parametrize("scaled", [1e-10, 4.9e-10, 5.1e-10, 1e-8])
+def test_the_first_order_in_a_tiny_decay(scaled: float):
+    """k = 0: X = gamma*(t + lambda*t**2 + ...)."""
+    found = theory.mode(2.0, eigenvalue=0.3, target=1.0, weight_decay=scaled / 2.0, homogeneity=0)
+    assert found == pytest.approx(-np.expm1(-0.3 * (2.0 + 2.0 * scaled)), rel=2e-15)
+
+
 @pytest.mark.parametrize("k", [0, 1, 2, 3])
 def test_it_starts_at_the_start_and_ends_where_it_has_to(k: int):
     case = {"eigenvalue": 0.5, "target": 2.0, "initial": -0.25, "homogeneity": k}
@@ -141,7 +148,7 @@ def test_scale_invariant_weights_train_at_the_effective_rate():
 
 def test_the_peak_is_where_the_slope_changes_sign():
     gamma, decay = np.geomspace(1e-2, 1e6, 9), 0.01
-    for k, start in [(2, 0.0), (3, -4.0), (4, 0.001)]:
+    for k, start in [(2, -4.0), (3, 0.0), (4, 0.001)]:
         case = {"eigenvalue": gamma, "target": -2.0, "initial": -2.0 * start, "weight_decay": decay, "homogeneity": k}
         peak = theory.time_of_peak(**case)
         assert ((peak > 0) & np.isfinite(peak)).all()
@@ -159,6 +166,9 @@ def test_modes_without_a_peak():
     assert theory.time_of_peak(**case, initial=0.9, weight_decay=0.1, homogeneity=2) == 0.0  # above 1/1.2
     assert theory.time_of_peak(**case, weight_decay=0.0, homogeneity=2) == np.inf
     assert theory.time_of_peak(**case, weight_decay=0.1, homogeneity=[0, 1]).tolist() == [np.inf, np.inf]
+    # k > 2: from far enough on the other side, f creeps up to 0 and never gets there; k = 2 always does
+    late = theory.time_of_peak(eigenvalue=0.1, target=-1.0, initial=4.0, weight_decay=0.1, homogeneity=[2, 3])
+    assert late[0] < late[1] == np.inf
     flat = theory.time_of_peak(eigenvalue=[0.0, 1.0], target=[1.0, 0.0], weight_decay=0.1, homogeneity=2)
     assert flat.tolist() == [0.0, 0.0]
 

@@ -25,12 +25,9 @@ from typing import Any
 
 import numpy as np
 
-Values = Any  # a number, a sequence, a numpy array or a CPU tensor
+from decaycast.methods.l2 import modes
 
-_NODES, _WEIGHTS = np.polynomial.legendre.leggauss(20)
-_FAR = 50.0  # exp(-50) is below float64 rounding
-_GONE = 800.0  # exp(-800) underflows
-_BLOCK = 4096  # elements integrated at once: 4096 x 20 nodes stay in cache
+Values = Any  # a number, a sequence, a numpy array or a CPU tensor
 
 
 def kernel_eigenvalue(gamma: Values, weight_decay: Values, t: Values, homogeneity: Values) -> np.ndarray:
@@ -54,7 +51,7 @@ def kernel_eigenvalue(gamma: Values, weight_decay: Values, t: Values, homogeneit
         >>> float(kernel_eigenvalue(2.0, 0.1, 5.0, 2).round(6))  # 2/e
         0.735759
     """
-    return _eigenvalues(gamma) * kernel_scale(t, weight_decay, homogeneity)
+    return modes.checked_eigenvalues(gamma) * kernel_scale(t, weight_decay, homogeneity)
 
 
 def kernel_scale(time: Values, weight_decay: Values, degree: Values) -> np.ndarray:
@@ -77,9 +74,9 @@ def kernel_scale(time: Values, weight_decay: Values, degree: Values) -> np.ndarr
         >>> float(kernel_scale(1.0, 0.1, 3).round(6))  # exp(-0.4)
         0.67032
     """
-    t, decay, k = _at_least_zero(time, "time"), _weight_decay(weight_decay), _degree(degree)
+    t, decay, k = modes.at_least_zero(time, "time"), modes.checked_decay(weight_decay), modes.checked_degree(degree)
     with np.errstate(over="ignore"):
-        return np.exp(-_product(2.0 * (k - 1.0) * decay, t))
+        return np.exp(-modes.product(2.0 * (k - 1.0) * decay, t))
 
 
 def mode(
@@ -112,10 +109,10 @@ def mode(
         >>> float(mode(7.6, eigenvalue=1, target=1, initial=0.3, weight_decay=0.01, homogeneity=2).round(3))
         0.977
     """
-    gamma = _eigenvalues(eigenvalue)
-    args = _at_least_zero(t, "t"), gamma, _weight_decay(weight_decay), _solvable(homogeneity)
-    y, start = _finite(target, "target"), _finite(initial, "initial")
-    integrated, memory, decayed = _propagators(*args)
+    gamma = modes.checked_eigenvalues(eigenvalue)
+    args = modes.at_least_zero(t, "t"), gamma, modes.checked_decay(weight_decay), modes.solvable(homogeneity)
+    y, start = modes.finite(target, "target"), modes.finite(initial, "initial")
+    integrated, memory, decayed = modes.propagators(*args)
     return start * np.exp(-(integrated + decayed)) + y * memory
 
 
@@ -143,11 +140,11 @@ def quasi_static(
         >>> float(quasi_static(0.0, eigenvalue=3, target=2, weight_decay=0.5, homogeneity=2))  # 2*3/4
         1.5
     """
-    gamma, y = _eigenvalues(eigenvalue), _finite(target, "target")
-    decay, k = _weight_decay(weight_decay), _degree(homogeneity)
+    gamma, y = modes.checked_eigenvalues(eigenvalue), modes.finite(target, "target")
+    decay, k = modes.checked_decay(weight_decay), modes.checked_degree(homogeneity)
     # divided by gamma(t)/gamma, which may overflow (k < 1): y*gamma/(gamma + k*lambda/scale)
     with np.errstate(over="ignore"):
-        pull = _product(k * decay, np.exp(_product(2.0 * (k - 1.0) * decay, _at_least_zero(t, "t"))))
+        pull = modes.product(k * decay, np.exp(modes.product(2.0 * (k - 1.0) * decay, modes.at_least_zero(t, "t"))))
     total = gamma + pull
     return y * np.divide(gamma, total, out=np.zeros(total.shape), where=total > 0)
 
@@ -169,7 +166,8 @@ def time_of_peak(
         homogeneity: k = 0, 1 or k >= 2.
 
     Returns:
-        Flow time of the peak, of the broadcast shape: 0 if f only falls, infinity if it only rises (lambda = 0, k <= 1).
+        Flow time of the peak, of the broadcast shape: 0 if f only falls; infinity if it only rises: lambda = 0, k <= 1, or
+        f(0) so far on the other side that f creeps up to 0 (judged at k*lambda*t = 300).
 
     Raises:
         ValueError: an argument is outside its range.
@@ -181,11 +179,11 @@ def time_of_peak(
         2.76
     """
     gamma, y, start, decay, k = np.broadcast_arrays(
-        _eigenvalues(eigenvalue),
-        _finite(target, "target"),
-        _finite(initial, "initial"),
-        _weight_decay(weight_decay),
-        _solvable(homogeneity),
+        modes.checked_eigenvalues(eigenvalue),
+        modes.finite(target, "target"),
+        modes.finite(initial, "initial"),
+        modes.checked_decay(weight_decay),
+        modes.solvable(homogeneity),
     )
     total = gamma + k * decay
     level = np.divide(gamma, total, out=np.zeros(total.shape), where=total > 0)
@@ -195,7 +193,7 @@ def time_of_peak(
     peak = np.where(rises, np.inf, 0.0)
     turns = rises & (k >= 2) & (decay > 0)
     if turns.any():
-        peak[turns] = _crossing(gap[turns], gamma[turns], decay[turns], k[turns])
+        peak[turns] = modes.crossing(gap[turns], gamma[turns], decay[turns], k[turns])
     return peak
 
 
@@ -222,7 +220,9 @@ def time_of_loss(*, eigenvalue: Values, weight_decay: Values, homogeneity: Value
         >>> float(time_of_loss(eigenvalue=1, weight_decay=0.01, homogeneity=2).round(2))  # log(50)/0.02
         195.6
     """
-    gamma, decay, k = np.broadcast_arrays(_eigenvalues(eigenvalue), _weight_decay(weight_decay), _degree(homogeneity))
+    gamma, decay, k = np.broadcast_arrays(
+        modes.checked_eigenvalues(eigenvalue), modes.checked_decay(weight_decay), modes.checked_degree(homogeneity)
+    )
     learnt = gamma > k * decay
     shrinks = learnt & (k > 1) & (decay > 0)
     lost = np.where(learnt, np.inf, 0.0)
@@ -254,17 +254,17 @@ def effective_learning_rate(lr: Values, weight_decay: Values, steps: Values) -> 
         >>> float(effective_learning_rate(0.1, 5e-4, 10_000).round(6))  # 0.1*e
         0.271828
     """
-    rate, decay = _finite(lr, "lr"), _weight_decay(weight_decay)
+    rate, decay = modes.finite(lr, "lr"), modes.checked_decay(weight_decay)
     if (rate <= 0).any():
         raise ValueError(f"lr has to be above 0, got {rate.min():g}")
     with np.errstate(over="ignore"):
-        return rate * np.exp(2.0 * rate * _product(decay, _at_least_zero(steps, "steps")))
+        return rate * np.exp(2.0 * rate * modes.product(decay, modes.at_least_zero(steps, "steps")))
 
 
 def outputs(
     time: Values, eigenvalues: Values, targets: Values, initial: Values, weight_decay: float, degree: float
 ) -> np.ndarray:
-    """All modes over time: f_a(t) of theorem 2, as a table of times x modes.
+    """All components over time: f_a(t) of theorem 2, as a table of times x modes.
 
     Args:
         time: flow times, shape (times,), >= 0, never decreasing.
@@ -286,8 +286,8 @@ def outputs(
         >>> outputs([0.0, 1.0], [1.0, 2.0], [1.0, 1.0], 0.0, 0.0, 2).round(4).tolist()  # 1 - exp(-gamma*t)
         [[0.0, 0.0], [0.6321, 0.8647]]
     """
-    y, (integrated, memory, decayed) = _table(time, eigenvalues, targets, weight_decay, degree)
-    start = np.broadcast_to(_like(initial, y, "initial"), y.shape)
+    y, (integrated, memory, decayed) = modes.evolve(time, eigenvalues, targets, weight_decay, degree)
+    start = np.broadcast_to(modes.like(initial, y, "initial"), y.shape)
     return start * np.exp(-(integrated + decayed)) + y * memory
 
 
@@ -316,11 +316,11 @@ def function_evolution(
         >>> function_evolution([1e9], [[2.0, 1.0], [1.0, 2.0]], [1.0, 0.0], weight_decay=1.0, homogeneity=1).round(4).tolist()
         [[0.4667, 0.1333]]
     """
-    gamma, vectors = _eigenpairs(kernel)
-    y = _per_sample(targets, gamma, "targets")
-    start = np.broadcast_to(_like(initial, y, "initial"), y.shape)
-    modes = outputs(time, gamma, vectors.T @ y, vectors.T @ start, weight_decay, homogeneity)
-    return np.einsum("xa,ta...->tx...", vectors, modes)
+    gamma, vectors = modes.eigenpairs(kernel)
+    y = modes.per_sample(targets, gamma, "targets")
+    start = np.broadcast_to(modes.like(initial, y, "initial"), y.shape)
+    components = outputs(time, gamma, vectors.T @ y, vectors.T @ start, weight_decay, homogeneity)
+    return np.einsum("xa,ta...->tx...", vectors, components)
 
 
 def prediction_evolution(
@@ -362,223 +362,21 @@ def prediction_evolution(
         >>> prediction_evolution(*args, weight_decay=1.0, homogeneity=1).round(4).tolist()  # k(x)(K + n*lambda)^-1 y
         [[0.2]]
     """
-    gamma, vectors = _eigenpairs(kernel)
-    y = _per_sample(targets, gamma, "targets")
-    start = np.broadcast_to(_like(initial, y, "initial"), y.shape)
-    cross = _finite(cross_kernel, "cross_kernel")
+    gamma, vectors = modes.eigenpairs(kernel)
+    y = modes.per_sample(targets, gamma, "targets")
+    start = np.broadcast_to(modes.like(initial, y, "initial"), y.shape)
+    cross = modes.finite(cross_kernel, "cross_kernel")
     if cross.ndim != 2 or cross.shape[1] != gamma.size:
         raise ValueError(f"cross_kernel has to have shape (points, {gamma.size}), got {cross.shape}")
     other = np.zeros((cross.shape[0], *y.shape[1:]))
-    other = other + _like(cross_initial, other, "cross_initial")
-    y_modes, (integrated, memory, decayed) = _table(time, gamma, vectors.T @ y, weight_decay, homogeneity)
+    other = other + modes.like(cross_initial, other, "cross_initial")
+    y_modes, (integrated, memory, decayed) = modes.evolve(time, gamma, vectors.T @ y, weight_decay, homogeneity)
     # f_a(t) - exp(-k*lambda*t)*f_a(0), without the cancellation
     response = y_modes * memory + (vectors.T @ start) * np.exp(-decayed) * np.expm1(-integrated)
     kept = gamma > gamma.size * np.finfo(float).eps * gamma.max()
     lift = np.divide(cross @ vectors, gamma.size * gamma, out=np.zeros(cross.shape), where=kept)
-    first = np.exp(-decayed[:, :1]) * other  # decay is the same for all modes
+    first = np.exp(-decayed[:, :1]) * other  # decay is the same for all components
     return first + np.einsum("xa,ta...->tx...", lift, response)
 
 
 # the mathematics
-
-
-def _propagators(t: np.ndarray, gamma: np.ndarray, decay: np.ndarray, k: np.ndarray) -> tuple[np.ndarray, ...]:
-    """X, M and k*lambda*t of the head of this file, for every k, of the common shape."""
-    t, gamma, decay, k = np.broadcast_arrays(t, gamma, decay, k)
-    integrated, decayed = _integrated(t, gamma, decay, k), _product(k * decay, t)
-    memory = np.array(-np.expm1(-integrated))  # k = 0
-    ridge, deep = k == 1, k >= 2
-    if ridge.any():
-        total = gamma + decay
-        share = np.divide(gamma, total, out=np.zeros(total.shape), where=total > 0)
-        memory[ridge] = (share * -np.expm1(-(integrated + decayed)))[ridge]
-    if deep.any():
-        memory[deep] = _memory(t[deep], gamma[deep], decay[deep], k[deep])
-    return integrated, memory, decayed
-
-
-def _integrated(t: np.ndarray, gamma: np.ndarray, decay: np.ndarray, k: np.ndarray) -> np.ndarray:
-    """X = int_0^t gamma(s) ds = gamma*(1 - exp(-a*t))/a, a = 2(k-1)*lambda."""
-    rate = 2.0 * (k - 1.0) * decay
-    shrunk = _product(rate, t)
-    slow = np.abs(shrunk) < 1e-9  # to second order the average of exp(-a*s) is 1 - a*t/2
-    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
-        lasted = np.where(slow, t * (1.0 - shrunk / 2.0), -np.expm1(-shrunk) / rate)
-    return _product(gamma, lasted)
-
-
-def _memory(t: np.ndarray, gamma: np.ndarray, decay: np.ndarray, k: np.ndarray, *, lag: bool = False) -> np.ndarray:
-    """M for k >= 2 and flat arrays; with `lag`, its integrand times w of `time_of_peak`."""
-    integrated = _integrated(t, gamma, decay, k)
-    memory = np.zeros(t.shape)
-    # M <= exp(-k*lambda*t)*(a polynomial): zero where that underflows
-    (todo,) = np.nonzero((integrated > 0) & (_product(k * decay, t) < _GONE))
-    for first in range(0, todo.size, _BLOCK):
-        block = todo[first : first + _BLOCK]
-        memory[block] = _quadrature(integrated[block], t[block], gamma[block], decay[block], k[block], lag)
-    return memory
-
-
-def _quadrature(
-    integrated: np.ndarray, t: np.ndarray, gamma: np.ndarray, decay: np.ndarray, k: np.ndarray, lag: bool
-) -> np.ndarray:
-    """Integrate exp(-x)*(1 + r*x)**(-p) over x in (0, X) by Gauss-Legendre panels in z = log(1 + R*x), R = max(r, 1).
-
-    In z the two scales, 1 and 1/r, are both of order one and no singularity is nearer than pi: panels of width 1 do.
-    Cutting at x = 50 costs a relative exp(-50), as the second factor only falls.
-    """
-    with np.errstate(divide="ignore"):  # lambda = 0: log r = -infinity, that is, r = 0
-        log_r = np.log(2.0 * (k - 1.0) * decay) + _product(2.0 * (k - 1.0) * decay, t) - np.log(gamma)
-    log_scale = np.maximum(log_r, 0.0)
-    end = np.logaddexp(0.0, log_scale + np.log(np.minimum(integrated, _FAR)))
-    panels = int(np.ceil(end.max()))
-    half = (end / (2 * panels))[:, None]
-    ratio, shift, power = np.exp(np.minimum(log_r, 0.0))[:, None], log_scale[:, None], (k / (2.0 * (k - 1.0)))[:, None]
-    total = np.zeros(end.shape)
-    for panel in range(panels):
-        z = half * (2 * panel + 1 + _NODES)
-        grown = np.exp(z - shift)  # (1 + R*x)/R, also dx/dz
-        x = grown - np.exp(-shift)
-        log_back = np.where(shift > 0, z, np.log1p(ratio * x))  # log(gamma(s)/gamma(t))
-        values = grown * np.exp(-x - power * log_back)
-        if lag:
-            pull = (k * decay)[:, None]
-            now = _product(gamma, np.exp(-2.0 * (k - 1.0) * decay * t))[:, None] * np.exp(log_back)
-            values *= 2.0 * (k - 1.0)[:, None] * decay[:, None] * (pull / (now + pull)) / (now + pull)
-        total += (half * values) @ _WEIGHTS
-    return total
-
-
-def _crossing(gap: np.ndarray, gamma: np.ndarray, decay: np.ndarray, k: np.ndarray) -> np.ndarray:
-    """Time at which a mode that starts `gap` < 0 (in units of y) below its quasi-static value meets it; k >= 2."""
-
-    def above(t: np.ndarray) -> np.ndarray:
-        start = gap * np.exp(-(_integrated(t, gamma, decay, k) + k * decay * t))
-        return start + _memory(t, gamma, decay, k, lag=True) >= 0
-
-    low, high = np.zeros(gap.shape), 1.0 / (gamma + k * decay)
-    while not (met := above(high)).all():
-        low, high = np.where(met, low, high), np.where(met, high, 2.0 * high)
-    for _ in range(60):
-        middle = (low + high) / 2.0
-        met = above(middle)
-        low, high = np.where(met, low, middle), np.where(met, middle, high)
-    return (low + high) / 2.0
-
-
-def _table(
-    time: Values, eigenvalues: Values, targets: Values, weight_decay: Values, degree: Values
-) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
-    """Checked targets, and the propagators of shape (times, n), with an axis for c outputs if there are."""
-    t, gamma = _times_in_order(time), _eigenvalues(eigenvalues)
-    if gamma.ndim != 1 or gamma.size == 0:
-        raise ValueError(f"eigenvalues have to have shape (n,) with n >= 1, got {gamma.shape}")
-    y = _per_sample(targets, gamma, "targets")
-    decay, k = _weight_decay(weight_decay), _solvable(degree)
-    if decay.ndim or k.ndim:
-        raise ValueError(f"weight_decay and degree have to be single numbers here, got shapes {decay.shape}, {k.shape}")
-    found = _propagators(t[:, None], gamma, decay, k)
-    return y, tuple(part.reshape(*part.shape, *[1] * (y.ndim - 1)) for part in found)
-
-
-def _eigenpairs(kernel: Values) -> tuple[np.ndarray, np.ndarray]:
-    """Eigenvalues of Theta_0/n, clipped at 0, and eigenvectors as columns."""
-    matrix = _finite(kernel, "kernel")
-    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or not matrix.size:
-        raise ValueError(f"kernel has to be a square matrix, got shape {matrix.shape}")
-    rounding, skew = _rounding(kernel, len(matrix)) * np.abs(matrix).max(), np.abs(matrix - matrix.T).max()
-    if skew > rounding:
-        raise ValueError(
-            f"kernel is not symmetric: entries differ by up to {skew:g}; pass (K + K.T)/2 if that is noise"
-        )
-    gamma, vectors = np.linalg.eigh((matrix + matrix.T) / 2.0 / len(matrix))
-    return _clipped(gamma, rounding / len(matrix)), vectors
-
-
-# arguments
-
-
-def _product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """a*b with 0*infinity = 0."""
-    with np.errstate(invalid="ignore", over="ignore"):
-        return np.where((a == 0) | (b == 0), 0.0, np.multiply(a, b))
-
-
-def _array(values: Values, name: str) -> np.ndarray:
-    try:
-        return np.asarray(values).astype(float)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{name} has to be a number or an array of numbers, got {values!r:.80}") from error
-
-
-def _finite(values: Values, name: str) -> np.ndarray:
-    array = _array(values, name)
-    if not np.isfinite(array).all():
-        raise ValueError(f"{name} has to be finite, got {array[~np.isfinite(array)].flat[0]}")
-    return array
-
-
-def _at_least_zero(values: Values, name: str) -> np.ndarray:
-    array = _array(values, name)
-    if not (array >= 0).all():
-        raise ValueError(f"{name} has to be at least 0, got {array[~(array >= 0)].flat[0]:g}")
-    return array
-
-
-def _weight_decay(values: Values) -> np.ndarray:
-    return _at_least_zero(_finite(values, "weight_decay"), "weight_decay")
-
-
-def _degree(values: Values) -> np.ndarray:
-    return _at_least_zero(_finite(values, "homogeneity"), "homogeneity")
-
-
-def _solvable(values: Values) -> np.ndarray:
-    k = _degree(values)
-    between = (k < 2) & (k != 0) & (k != 1)
-    if between.any():
-        raise ValueError(f"homogeneity has to be 0, 1 or at least 2, got {k[between].flat[0]:g}")
-    return k
-
-
-def _rounding(values: Values, size: int) -> float:
-    """Relative size of what rounding in the caller's own precision may leave in a matrix of `size` rows."""
-    dtype = np.asarray(values).dtype
-    return 8 * size * float(np.finfo(dtype if dtype.kind == "f" else float).eps)
-
-
-def _clipped(gamma: np.ndarray, rounding: float) -> np.ndarray:
-    if gamma.size and gamma.min() < -rounding:
-        raise ValueError(
-            f"eigenvalues have to be at least 0, got {gamma.min():g}: more than rounding; is the kernel a kernel?"
-        )
-    return np.maximum(gamma, 0.0)
-
-
-def _eigenvalues(values: Values) -> np.ndarray:
-    gamma = _finite(values, "eigenvalue")
-    largest = float(np.abs(gamma).max(initial=0.0)) if gamma.ndim else 0.0
-    return _clipped(gamma, _rounding(values, gamma.size) * largest if largest else 0.0)
-
-
-def _times_in_order(values: Values) -> np.ndarray:
-    t = _at_least_zero(values, "time")
-    if t.ndim != 1:
-        raise ValueError(f"time has to have shape (times,), got {t.shape}")
-    if (t[1:] < t[:-1]).any():
-        raise ValueError("time has to be in order, and it decreases; sort it first")
-    return t
-
-
-def _per_sample(values: Values, gamma: np.ndarray, name: str) -> np.ndarray:
-    array = _finite(values, name)
-    if array.ndim not in (1, 2) or len(array) != gamma.size:
-        raise ValueError(f"{name} have to have shape ({gamma.size},) or ({gamma.size}, outputs), got {array.shape}")
-    return array
-
-
-def _like(values: Values, like: np.ndarray, name: str) -> np.ndarray:
-    array = _finite(values, name)
-    if array.ndim and array.shape != like.shape:
-        raise ValueError(f"{name} has to be one number or of shape {like.shape}, got {array.shape}")
-    return array
