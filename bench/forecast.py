@@ -98,6 +98,12 @@ class Truth:
         gap, _ = self.gap(objective)
         return -self.at(decay, objective) / gap if gap > 0 else math.nan
 
+    def regret(self, decay: float, objective: str = OBJECTIVE) -> float:
+        """(picked - best of grid)/(worst of grid - best of grid), the logged runs' unit: kind, since the worst is far off."""
+        best = self.at(self.best(objective), objective)
+        worst = max(self.at(value, objective) for value in self.task.grid)
+        return (self.at(decay, objective) - best) / (worst - best)
+
     def test_points(self, decay: float) -> float:
         """Test accuracy gained over the default, in percentage points (paired and interpolated like the objective)."""
 
@@ -237,6 +243,7 @@ def compare_live(truths: dict[str, Truth], rows: list[Row]) -> dict:
                     "verdict": row.reason.split(":")[0],
                     "cost": row.final["cost"],
                     "captured": truth.captured(decay),
+                    "regret": truth.regret(decay),
                     "test_points": truth.test_points(decay),
                 }
             )
@@ -433,18 +440,15 @@ def _read_logs(path: Path) -> dict:
 
 
 def verdicts(live_part: dict, logged: dict) -> dict:
-    """Among forecasts to be trusted, how many were badly wrong: regret, or missing share of the gap, above a quarter."""
-    lived = [1 - row["captured"] for row in live_part["forecasts"] if row["counted"] and row["verdict"] == "trust"]
-    read = [
-        row["regret"] for row in logged["rows"] if row["method"] == "decaycast forecast" and row["verdict"] == "trust"
-    ]
-    both = lived + read
+    """Among forecasts to be trusted, how many have a regret above a quarter; and how many miss a quarter of the gain."""
+    lived = [row for row in live_part["forecasts"] if row["counted"] and row["verdict"] == "trust"]
+    read = [row for row in logged["rows"] if row["method"] == "decaycast forecast" and row["verdict"] == "trust"]
     return {
-        "trusted": len(both),
-        "bad": int(sum(value > 0.25 for value in both)),
+        "trusted": len(lived) + len(read),
         "live": len(lived),
         "logged": len(read),
-        "share_bad": float(np.mean([value > 0.25 for value in both])) if both else math.nan,
+        "regret_above_quarter": sum(bool(row["regret"] > 0.25) for row in lived + read),
+        "live_missing_a_quarter_of_the_gain": sum(bool(1 - row["captured"] > 0.25) for row in lived),
     }
 
 
@@ -508,8 +512,9 @@ def markdown(result: dict) -> str:
     check = result["verdicts"]
     lines += [
         "",
-        f"Trusted forecasts: {check['trusted']} ({check['live']} live, {check['logged']} logged), of which "
-        f"{check['bad']} had a regret or a missing share above 0.25.",
+        f"Trusted forecasts: {check['trusted']} ({check['live']} live, {check['logged']} logged). Regret above 0.25: "
+        f"{check['regret_above_quarter']}. Of the live ones, {check['live_missing_a_quarter_of_the_gain']} missed more than a "
+        "quarter of the tuning gain, which is the stricter measure: the worst arm, which regret is normalised by, is far off.",
     ]
     return "\n".join(lines) + "\n"
 
