@@ -20,7 +20,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import decaycast
-from decaycast.methods.l2.forecast import Forecast, forecast
+from decaycast.methods.l2.arms import Plan
+from decaycast.methods.l2.forecast import (
+    Forecast,
+    _bound_only,
+    _Comparison,
+    _Posterior,
+    _second_opinion_doubt,
+    forecast,
+)
 
 BUDGET, LR = 2000, 0.05
 RATE = BUDGET * LR  # summed learning rate: e-folds per unit of weight decay
@@ -607,3 +615,38 @@ def test_tensors_that_require_a_gradient_are_read():
         return torch.tensor(np.asarray(at)), torch.tensor(np.asarray(values), requires_grad=True)
 
     assert forecast(probe, BUDGET, lr=LR).weight_decay == forecast(Surface(law(1.3)), BUDGET, lr=LR).weight_decay
+
+
+def side_by_side(values: list[float], spacing: float = 4.0) -> _Comparison:
+    count = len(values)
+    decays = math.log(1e-3) + math.log(spacing) * np.arange(count)
+    return _Comparison(
+        step=100,
+        decays=decays,
+        values=np.array(values),
+        errors=np.full(count, 0.1),
+        shown=np.ones(count, bool),
+        noise=0.1,
+    )
+
+
+def believed(**changes: float) -> _Posterior:
+    plain = {"quantiles": (-5.0, -4.0, -3.0), "probe_alone": -4.0, "agreement": 0.5, "beyond": 0.0}
+    return _Posterior(**{**plain, **changes})  # type: ignore[arg-type]
+
+
+def test_what_makes_the_arms_a_bound_only():
+    assert _bound_only(side_by_side([0.0, 1.0, 0.0]), believed(beyond=0.1)) == ""
+    assert "by no more than noise" in _bound_only(side_by_side([0.0, 1.0, 0.0]), believed(beyond=0.3))
+    assert "the smallest of the arms" in _bound_only(side_by_side([1.0, 0.5, 0.0]), believed())
+    assert "the largest of the arms" in _bound_only(side_by_side([0.0, 0.5, 1.0]), believed())
+    assert "lie a factor of 100 apart" in _bound_only(side_by_side([0.0, 1.0, 0.0], spacing=10.0), believed())
+
+
+def test_what_makes_the_two_opinions_disagree():
+    known, unknown = Plan.checked(BUDGET, LR, None, 0.3), Plan.checked(BUDGET, None, None, 0.3)
+    assert _second_opinion_doubt(believed(), known) == ""
+    for apart in (believed(agreement=0.05), believed(probe_alone=-4.0 - math.log(4.1))):
+        assert "they disagree" in _second_opinion_doubt(apart, known)
+        assert _second_opinion_doubt(apart, unknown) == "", "without a rate there is no second opinion"
+    assert "spans a factor of 55" in _second_opinion_doubt(believed(quantiles=(-6.0, -4.0, -6.0 + math.log(55))), known)
