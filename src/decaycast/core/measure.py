@@ -46,7 +46,8 @@ def evaluate(
                 loss_sum += float(loss_fn(output, target)) * len(target)
                 classes = classes and is_classification(output, target)
                 if classes:
-                    correct += float((output.argmax(1) == target).sum())
+                    right = output.argmax(1) == target
+                    correct += float(right.sum()) * len(target) / max(1, right.numel())  # of a text its share
                 count += len(target)
     finally:
         for module, was_training in modes:
@@ -57,8 +58,9 @@ def evaluate(
 
 
 def is_classification(output: torch.Tensor, target: torch.Tensor) -> bool:
-    """Whether `target` holds one class index per row of scores in `output`."""
-    return output.ndim == 2 and target.ndim == 1 and not target.is_floating_point()
+    """Whether `target` holds class indices: (n,) for scores (n, classes), (n, places) for scores (n, classes, places)."""
+    shape = (*output.shape[:1], *output.shape[2:])
+    return output.ndim >= 2 and target.shape == shape and not target.is_floating_point()
 
 
 def check_labels(output: torch.Tensor, target: torch.Tensor) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from decaycast.core.hook import Hook, StepContext, chain
-from decaycast.core.measure import Loss, check_labels
+from decaycast.core.measure import Loss, check_labels, is_classification
 from decaycast.core.timescale import group_rate
 
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -145,7 +145,7 @@ def _row(
 ) -> dict[str, float]:
     group = optimizer.param_groups[0]
     accuracy = math.nan
-    if target.ndim == 1 and not target.is_floating_point() and output.ndim == 2:
+    if is_classification(output, target):
         accuracy = (output.detach().argmax(1) == target).float().mean().item()
     validation_loss, validation_accuracy = evaluate(model) if evaluate else (math.nan, math.nan)
     return {

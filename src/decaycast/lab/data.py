@@ -21,9 +21,10 @@ import torch
 import torch.nn.functional as functional
 
 from decaycast.core.names import choose
+from decaycast.lab import text
 
 Arrays = tuple[np.ndarray, np.ndarray]
-NAMES = ("digits", "mnist", "fashion_mnist", "cifar10")
+NAMES = ("digits", "mnist", "fashion_mnist", "cifar10", *text.FILES)
 ENVIRONMENT = "DECAYCAST_DATA"
 _IDX_FOLDERS = {"mnist": ("mnist", "MNIST/raw"), "fashion_mnist": ("fashion-mnist", "FashionMNIST/raw")}
 _IDX_FILES = {
@@ -42,7 +43,8 @@ class DataError(ValueError):
 class Split:
     """Training, validation and test samples: float32 images of shape (n, channels, height, width), int64 labels (n,).
 
-    Images are standardised by the training part's mean and standard deviation per channel.
+    Images are standardised by the training part's mean and standard deviation per channel. A text has windows of character
+    numbers instead, int64 of shape (n, context), and as labels the next characters, of the same shape.
     """
 
     name: str
@@ -73,9 +75,10 @@ def load(
     Args:
         name: one of `NAMES`.
         train_size: samples to train on; None leaves what validation does not need.
-        validation_size: samples held out of the training file; None for min(2,000, a fifth of what is left or so).
+        validation_size: samples held out of the training file; None for min(2,000, a fifth of what is left or so), of a
+            text for all windows of its validation part.
         test_size: samples of the test file; None for all.
-        pool: average-pool images by this factor (2 turns 32x32 into 16x16).
+        pool: average-pool images by this factor (2 turns 32x32 into 16x16); 1 for a text.
         split_seed: chooses which samples; not the training seed.
         data_dir: folder of the files; default the environment variable ``DECAYCAST_DATA``.
 
@@ -84,6 +87,8 @@ def load(
         ValueError: unknown name.
     """
     choose(name, NAMES, "data set")
+    if name in text.FILES:
+        return _load_text(name, train_size, validation_size, test_size, pool, split_seed, data_dir)
     (images, labels), (test_images, test_labels) = _read(name, data_dir)
     order = np.random.default_rng(split_seed).permutation(len(images))
     train_size, validation_size = _sizes(name, len(images), train_size, validation_size)
@@ -103,6 +108,31 @@ def load(
         test=part(test_images[:test_count], test_labels[:test_count]),
         classes=int(labels.max()) + 1,
     )
+
+
+def _load_text(
+    name: str,
+    train_size: int | None,
+    validation_size: int | None,
+    test_size: int | None,
+    pool: int,
+    split_seed: int,
+    data_dir: str | Path | None,
+) -> Split:
+    """A text: each part is cut from its own stretch, and `split_seed` chooses among its windows."""
+    if pool != 1:
+        raise DataError(f"{name} is text, which cannot be pooled; leave pool at 1, got {pool}")
+    codes, alphabet = _read_text(name, data_dir)
+    wanted = {"train": train_size, "validation": validation_size, "test": test_size}
+    parts: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    for part, size in wanted.items():
+        inputs, target = text.windows(codes, part)
+        size = len(inputs) if size is None else min(size, len(inputs)) if part == "test" else size
+        if not 1 <= size <= len(inputs):
+            raise DataError(f"{name} has {len(inputs)} {part} windows, but {size} were asked for; lower {part}_size")
+        chosen = np.random.default_rng(split_seed).permutation(len(inputs))[:size]
+        parts[part] = torch.from_numpy(inputs[chosen]), torch.from_numpy(target[chosen])
+    return Split(name=name, classes=len(alphabet), **parts)
 
 
 def batches(inputs: torch.Tensor, target: torch.Tensor, batch_size: int, seed: int):
@@ -167,6 +197,20 @@ def _sizes(name: str, available: int, train_size: int | None, validation_size: i
     return train_size, validation_size
 
 
+@lru_cache(maxsize=1)
+def _read_text(name: str, data_dir: str | Path | None) -> tuple[np.ndarray, str]:
+    path = text.find(name, _roots(data_dir))
+    if path is None:
+        raise DataError(f"{name} was not found: {_advice(name, data_dir)}")
+    try:
+        content = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read as text ({error}); fetch it again") from error
+    if len(content) < 100 * text.CONTEXT:
+        raise DataError(f"{path} holds {len(content)} characters, too few for windows of {text.CONTEXT}: truncated?")
+    return text.encode(content)
+
+
 def _to_tensor(images: np.ndarray, pool: int) -> torch.Tensor:
     tensor = torch.from_numpy(images.astype(np.float32) / 255.0)
     return functional.avg_pool2d(tensor, pool) if pool > 1 else tensor
@@ -206,6 +250,9 @@ def _roots(data_dir: str | Path | None) -> list[Path]:
 
 
 def _find_folder(name: str, data_dir: str | Path | None) -> Path | None:
+    if name in text.FILES:
+        file = text.find(name, _roots(data_dir))
+        return file.parent if file else None
     for root in _roots(data_dir):
         for folder in (_CIFAR_FOLDER,) if name == "cifar10" else _IDX_FOLDERS[name]:
             probe = "test_batch.bin" if name == "cifar10" else _IDX_FILES["test"][1]
@@ -220,6 +267,8 @@ def _packed_folders(data_dir: str | Path | None) -> list[Path]:
 
 def _advice(name: str, data_dir: str | Path | None) -> str:
     roots = ", ".join(str(root) for root in _roots(data_dir)) or f"no folder given (--data-dir or {ENVIRONMENT})"
+    if name in text.FILES:
+        return f"looked in {roots}; put the text into <data folder>/{text.FILES[name][0]}"
     layout = _CIFAR_FOLDER if name == "cifar10" else _IDX_FOLDERS[name][0]
     packed = _packed_folders(data_dir)
     if name == "cifar10" and packed:

@@ -1,8 +1,8 @@
 """The paper's networks in the sizes that fit a machine: fully connected, convolutional with and without batch norm, WRN.
 
 Names carry the size: ``mlp-256x3`` (width x hidden layers), ``cnn-16`` and ``cnn-bn-16`` (filters), ``wrn-10-1`` (depth,
-widening; WRN-28-10 is ``wrn-28-10``). Weights start as N(0, 2/fan_in), biases at zero (the paper's sigma_w^2 = 2,
-sigma_b = 0), drawn from the seed alone.
+widening; WRN-28-10 is ``wrn-28-10``), ``gpt-64x2`` (width x layers; a language model for text, with a start of its own).
+Weights start as N(0, 2/fan_in), biases at zero (the paper's sigma_w^2 = 2, sigma_b = 0), drawn from the seed alone.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ import torch
 from torch import nn
 
 from decaycast.core.names import choose
+from decaycast.lab.transformer import Transformer
 
 PATTERNS = {
     "mlp": re.compile(r"mlp(?:-(?P<width>\d+)x(?P<depth>\d+))?"),
     "cnn": re.compile(r"cnn(?P<norm>-bn)?(?:-(?P<width>\d+))?"),
     "wrn": re.compile(r"wrn-(?P<depth>\d+)-(?P<width>\d+)"),
+    "gpt": re.compile(r"gpt(?:-(?P<width>\d+)x(?P<depth>\d+))?"),
 }
 EXAMPLES = (
     "mlp",
@@ -31,14 +33,17 @@ EXAMPLES = (
     "cnn-bn-16",
     "wrn-10-1",
     "wrn-28-10",
+    "gpt-64x2",
 )
 
 
 def build(name: str, shape: tuple[int, ...], classes: int, *, seed: int) -> nn.Module:
-    """A freshly initialised network for samples of `shape` (channels, height, width) and `classes` outputs.
+    """A freshly initialised network for samples of `shape` and `classes` outputs.
+
+    `shape` is (channels, height, width) for images and (characters,) for text, whose classes are the alphabet.
 
     Raises:
-        ValueError: unknown name, or a WRN depth that is not 6n + 4.
+        ValueError: unknown name, a WRN depth that is not 6n + 4, or a network for images on text and the other way round.
     """
     match = next((found for pattern in PATTERNS.values() if (found := pattern.fullmatch(name))), None)
     if match is None:
@@ -47,6 +52,10 @@ def build(name: str, shape: tuple[int, ...], classes: int, *, seed: int) -> nn.M
     size = {key: int(value) for key, value in match.groupdict().items() if value and value.isdigit()}
     if 0 in size.values() and not name.startswith("wrn"):
         raise ValueError(f"every size in a model's name must be at least 1, got {name!r}; for example {EXAMPLES[1]}")
+    if name.startswith("gpt") != (len(shape) == 1):
+        raise ValueError(f"{name} does not fit samples of shape {shape}: text needs gpt-64x2 or another size of it")
+    if name.startswith("gpt"):
+        return Transformer(shape[0], classes, width=size.get("width", 64), layers=size.get("depth", 2), seed=seed)
     if name.startswith("mlp"):
         model = mlp(math.prod(shape), classes, width=size.get("width", 256), depth=size.get("depth", 3))
     elif name.startswith("cnn"):
