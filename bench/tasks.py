@@ -52,9 +52,10 @@ class Task:
         return Run(config={**self.config, "weight_decay": weight_decay}, seed=seed)
 
 
-def _task(name: str, data: str, train_size: int, model: str, how: str, schedule: str, **rest: Scalar) -> Task:
+def task(name: str, data: str, train_size: int, model: str, how: str, schedule: str, **rest: Scalar) -> Task:
+    """A task by what distinguishes it: data, network, how it is trained."""
     optimizer, momentum = {"sgd": ("sgd", 0.0), "sgdm": ("sgd", 0.9), "adamw": ("adamw", 0.0)}[how]
-    validation = 400 if data == "digits" else 1000
+    validation = {"digits": 400, "shakespeare": 200}.get(data, 1000)
     config: dict[str, Scalar] = {
         "data": data,
         "train_size": train_size,
@@ -75,17 +76,15 @@ def tasks() -> list[Task]:
     conv = {"batch_size": 32, "pool": 2, "points": 40}
     tiny = {"batch_size": 32, "pool": 4, "points": 40}
     return [
-        _task("digits mlp sgd constant", "digits", 512, "mlp-128x3", "sgd", "constant", lr=0.1, steps=3000, **small),
-        _task("digits mlp adamw cosine", "digits", 512, "mlp-128x3", "adamw", "cosine", lr=1e-3, steps=2000, **small),
-        _task("mnist-512 mlp sgd constant", "mnist", 512, "mlp-256x3", "sgd", "constant", lr=0.05, steps=3000, **small),
-        _task("mnist-512 mlp sgdm cosine", "mnist", 512, "mlp-256x3", "sgdm", "cosine", lr=0.02, steps=2000, **small),
-        _task(
+        task("digits mlp sgd constant", "digits", 512, "mlp-128x3", "sgd", "constant", lr=0.1, steps=3000, **small),
+        task("digits mlp adamw cosine", "digits", 512, "mlp-128x3", "adamw", "cosine", lr=1e-3, steps=2000, **small),
+        task("mnist-512 mlp sgd constant", "mnist", 512, "mlp-256x3", "sgd", "constant", lr=0.05, steps=3000, **small),
+        task("mnist-512 mlp sgdm cosine", "mnist", 512, "mlp-256x3", "sgdm", "cosine", lr=0.02, steps=2000, **small),
+        task(
             "mnist-5k mlp sgdm constant", "mnist", 5000, "mlp-128x3", "sgdm", "constant", lr=0.02, steps=2500, **small
         ),
-        _task(
-            "mnist-5k cnn-bn adamw cosine", "mnist", 5000, "cnn-bn-8", "adamw", "cosine", lr=2e-3, steps=1500, **conv
-        ),
-        _task(
+        task("mnist-5k cnn-bn adamw cosine", "mnist", 5000, "cnn-bn-8", "adamw", "cosine", lr=2e-3, steps=1500, **conv),
+        task(
             "fashion-5k mlp adamw constant",
             "fashion_mnist",
             5000,
@@ -96,20 +95,18 @@ def tasks() -> list[Task]:
             steps=2500,
             **small,
         ),
-        _task(
+        task(
             "fashion-5k cnn sgdm cosine", "fashion_mnist", 5000, "cnn-8", "sgdm", "cosine", lr=0.02, steps=2500, **conv
         ),
-        _task(
-            "cifar-5k cnn-bn sgdm cosine", "cifar10", 5000, "cnn-bn-8", "sgdm", "cosine", lr=0.02, steps=1500, **conv
-        ),
-        _task(
+        task("cifar-5k cnn-bn sgdm cosine", "cifar10", 5000, "cnn-bn-8", "sgdm", "cosine", lr=0.02, steps=1500, **conv),
+        task(
             "cifar-5k cnn-bn sgd constant", "cifar10", 5000, "cnn-bn-8", "sgd", "constant", lr=0.1, steps=1500, **conv
         ),
-        _task("cifar-10k cnn adamw cosine", "cifar10", 10000, "cnn-8", "adamw", "cosine", lr=1e-3, steps=2000, **conv),
-        _task(
+        task("cifar-10k cnn adamw cosine", "cifar10", 10000, "cnn-8", "adamw", "cosine", lr=1e-3, steps=2000, **conv),
+        task(
             "cifar-5k wrn sgdm constant", "cifar10", 5000, "wrn-10-1", "sgdm", "constant", lr=0.02, steps=1500, **tiny
         ),
-        _task(
+        task(
             "cifar-10k wrn adamw cosine", "cifar10", 10000, "wrn-10-1", "adamw", "cosine", lr=2e-3, steps=1500, **tiny
         ),
     ]

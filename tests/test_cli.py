@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import runpy
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 pytest.importorskip("typer")
 
 from decaycast import cli
+from decaycast.core.schedule import lr_by_name
 from decaycast.core.timescale import efolds
 from decaycast.lab import data
 from decaycast.lab.store import Store
@@ -195,7 +197,7 @@ def test_train_prints_what_its_json_says(decaycast: Command, tmp_path: Path, rul
         cells = re.search(rf"│ {name}\s*│\s*(\S+)\s*│", printed.out)
         assert cells and float(cells[1]) == float(f"{read[name.replace(' ', '_')]:.5g}")
     if rule == "constant":
-        shape = cli.by_name("cosine", 60)
+        shape = lr_by_name("cosine", 60)
         spent = efolds(lr=lambda step: 0.05 * shape(step), weight_decay=0.02, steps=60, momentum=0.9)
         assert read["efolds"] == pytest.approx(spent)
     with Store(tmp_path / "rows.sqlite") as store:
@@ -276,6 +278,69 @@ def test_audit_lists_parameters(decaycast: Command):
     assert all(row["name"] in printed.out for row in rows) and {row["weight_decay"] for row in rows} == {5e-4}
 
 
+def test_audit_prints_what_the_rules_say_and_where_they_disagree(decaycast: Command):
+    command = shlex.split(
+        "audit --lr 6e-4 --weight-decay 0.1 --steps 20000 --optimizer adamw --schedule linear "
+        "--batch-size 512 --sequence-length 1024 --parameters 124e6 --new-steps 40000"
+    )
+    printed, answer = decaycast(*command), decaycast(*command, "--json")
+    assert printed.code == answer.code == 0, printed.err
+    said = {item["rule"]: item for item in answer.json["rules"]}
+    for rule in ("L2 paper", "Power Lines", "equal e-folds", "equal tau in epochs", "normalised decay", "nanochat"):
+        row = re.search(rf"│ {rule}\s*│[^│]*│ (\S+)\s*│ (\S+)\s*│ (\S+)\s*│", printed.out)
+        assert row and float(row[1]) == float(f"{said[rule]['weight_decay']:.3g}")
+        assert float(row[2]) == float(f"{said[rule]['times_yours']:.3g}")
+        assert float(row[3]) == float(f"{said[rule]['efolds']:.3g}")
+    text = " ".join(printed.out.split())
+    assert all(" ".join(line.split()) in text for line in answer.json["disagreements"])
+    assert len(answer.json["disagreements"]) == 2
+    assert number(text, "batch") == float(f"{answer.json['batch']['tokens']:.3g}")
+
+
+def test_audit_says_which_fact_a_silent_rule_misses(decaycast: Command):
+    text = " ".join(decaycast("audit", "--lr", "0.1", "--weight-decay", "5e-4", "--steps", "1000").out.split())
+    assert "Power Lines: no answer, fitted for AdamW's decoupled decay; this recipe's is 'sgd'" in text
+    assert "equal e-folds: no answer, needs the run to carry the weight decay to: --new-steps" in text
+
+
+def test_audit_reads_a_trainers_arguments(decaycast: Command, tmp_path: Path):
+    values = {"learning_rate": 1e-3, "weight_decay": 0.1, "optim": "adamw_torch", "lr_scheduler_type": "constant",
+              "num_train_epochs": 2, "per_device_train_batch_size": 10, "max_steps": -1}  # fmt: skip
+    (tmp_path / "args [bold].json").write_text(json.dumps(values))
+    command = ("audit", "--config", "args [bold].json")
+    line = error_line(decaycast(*command))
+    assert "lacks the steps of its 2 epochs: --samples (per epoch), or --steps" in line
+    printed = decaycast(*command, "--samples", "5000", "--world-size", "2")
+    answer = decaycast(*command, "--samples", "5000", "--world-size", "2", "--json")
+    assert answer.json["efolds"] == pytest.approx(0.05) and answer.json["recipe"]["steps"] == 500
+    assert answer.json["tau_epochs"] == pytest.approx(40)
+    assert "Hugging Face arguments args [bold].json: lr 0.001, weight decay 0.1 (decoupled), constant lr" in printed.out
+    assert "(40 epochs at the peak lr)" in printed.out
+    noted = decaycast(*command, "--steps", "500", "--lr", "0.002", "--model", "cnn-bn-4")
+    assert "note: one device is assumed; give --world-size" in noted.out and "0.1 e-folds" in noted.out
+    assert "normalisation" in noted.out
+
+
+def test_audit_reads_timms_arguments_and_refuses_coupled_adam(decaycast: Command, tmp_path: Path):
+    text = "opt: {}\nlr: 0.1\nweight_decay: 0.01\nepochs: 4\nsched: none\nbatch_size: 10\nmomentum: 0.5\n"
+    (tmp_path / "args.yaml").write_text(text.format("momentum"))
+    answer = decaycast("audit", "--config", "args.yaml", "--samples", "1005", "--json")
+    assert answer.json["efolds"] == pytest.approx(400 * 0.1 * 0.01 / 0.5)
+    (tmp_path / "args.yaml").write_text(text.format("adam"))
+    line = error_line(decaycast("audit", "--config", "args.yaml", "--samples", "1005"))
+    assert "adam couples weight decay into an adaptive step" in line
+    changed = decaycast("audit", "--config", "args.yaml", "--samples", "1005", "--optimizer", "adamw", "--json")
+    assert changed.json["efolds"] == pytest.approx(0.4)
+
+
+def test_audit_does_not_open_pickles_or_what_is_not_there(decaycast: Command, tmp_path: Path):
+    (tmp_path / "training_args.bin").write_bytes(b"PK\x03\x04")
+    assert "training_args.bin is a pickle (torch.save); it is not read" in error_line(
+        decaycast("audit", "--config", "training_args.bin")
+    )
+    assert "FileNotFoundError" in error_line(decaycast("audit", "--config", "nothing.json"))
+
+
 def test_audit_of_no_decay_or_hardly_a_step_is_no_error(decaycast: Command):
     ended = decaycast("audit", "--lr", "0.1", "--weight-decay", "0", "--steps", "5", "--momentum", "0.9")
     assert ended.code == 0 and "0 e-folds" in ended.out and "relaxation time infinite" in ended.out
@@ -295,6 +360,8 @@ def test_audit_of_no_decay_or_hardly_a_step_is_no_error(decaycast: Command):
         (["--optimizer", "adam"], "unknown optimizer 'adam'; did you mean 'adamw'?"),
         (["--schedule", "constnt"], "unknown schedule 'constnt'; did you mean 'constant'?"),
         (["--model", "wnr-10-1"], "unknown model 'wnr-10-1'; did you mean 'wrn-10-1'?"),
+        (["--parameters", "-5"], "--parameters must be a finite number > 0, got -5.0"),
+        (["--batch-size", "0"], "--batch-size must be a whole number >= 1, got 0"),
     ],
     ids=words,
 )
@@ -307,8 +374,10 @@ def test_data_says_what_is_there_and_what_to_do(decaycast: Command, tmp_path: Pa
     printed, answer = decaycast("data", "--data-dir", "nowhere"), decaycast("data", "--data-dir", "nowhere", "--json")
     assert printed.code == answer.code == 0
     status = {item["name"]: item["status"] for item in answer.json}
-    assert status == {"digits": "embedded", "mnist": "missing", "fashion_mnist": "missing", "cifar10": "missing"}
-    assert all(name in printed.out for name in status) and printed.out.count("missing") == 3
+    assert status == {"digits": "embedded"} | dict.fromkeys(
+        ("mnist", "fashion_mnist", "cifar10", "shakespeare"), "missing"
+    )
+    assert all(name in printed.out for name in status) and printed.out.count("missing") == 4
     assert all(item["advice"] for item in answer.json if item["status"] == "missing")
 
 
@@ -362,3 +431,26 @@ def test_autol2_starts_at_the_papers_value_unless_told_otherwise(monkeypatch):
         with pytest.raises(pytest.skip.Exception):
             cli.main()
         assert seen[-1].config["weight_decay"] == start
+
+
+# AutoL2 on the clock of e-folds
+
+
+def test_train_spends_the_budget_it_is_given(decaycast: Command):
+    rule = ("--rule", "autol2-efolds", "--budget-efolds", "0.5")
+    numbers = decaycast("train", *TINY, "--budget", "60", *rule, "--json").json
+    assert numbers["efolds"] == pytest.approx(0.5, rel=1e-6)
+    assert numbers["weight_decay"] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_a_budget_for_another_rule_is_refused(decaycast: Command):
+    ended = decaycast("train", *TINY, "--budget", "60", "--budget-efolds", "0.5")
+    assert ended.code == 2
+    assert "--budget-efolds belongs to --rule autol2-efolds, got --rule constant" in ended.err
+
+
+@pytest.mark.parametrize(("rule", "shown"), [("autol2", True), ("autol2-efolds", False)])
+def test_who_takes_the_papers_rule_under_a_falling_rate_hears_of_the_other(decaycast: Command, rule: str, shown: bool):
+    ended = decaycast("train", *TINY, "--budget", "30", "--rule", rule, "--schedule", "cosine")
+    assert ended.code == 0
+    assert ("Try --rule autol2-efolds" in " ".join(ended.err.split())) is shown

@@ -45,11 +45,25 @@ METHODS = {
 
 
 def test_the_public_names_are_exactly_these():
-    assert set(dc.__all__) == {*SIGNATURES, "Forecast", "infinite_width"}
+    modules = {"infinite_width", "transfer"}
+    assert set(dc.__all__) == {*SIGNATURES, "Forecast", *modules}
     public = {
         name for name, value in vars(dc).items() if not name.startswith("_") and not isinstance(value, types.ModuleType)
     }
-    assert (public | {"infinite_width"}) - {"annotations"} == set(dc.__all__)
+    assert (public | modules) - {"annotations"} == set(dc.__all__)
+
+
+def test_functions_of_the_modules_that_are_called_from_outside():
+    given = {
+        dc.infinite_width.outputs: ["time", "eigenvalues", "targets", "initial", "weight_decay", "degree"],
+        dc.infinite_width.kernel_scale: ["time", "weight_decay", "degree"],
+        dc.transfer.power_lines: ["tokens_per_parameter"],
+        dc.transfer.weight_decay_from_tau: ["tau", "lr", "steps"],
+    }
+    for function, names in given.items():
+        parameters = inspect.signature(function).parameters
+        assert list(parameters)[: len(names)] == names
+        assert all(parameters[other].default is not inspect.Parameter.empty for other in list(parameters)[len(names) :])
 
 
 @pytest.mark.parametrize("name", SIGNATURES)

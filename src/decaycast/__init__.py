@@ -11,12 +11,14 @@ Importing this loads torch and numpy, nothing else: the lab, the figures and the
 
 from __future__ import annotations
 
-from decaycast.core.schedule import WeightDecayScheduler
+from decaycast.core.decay import WeightDecayScheduler
 from decaycast.core.timescale import effective_rate, efolds, weight_decay_for
 from decaycast.methods.l2 import theory as infinite_width
-from decaycast.methods.l2.autol2 import AutoL2, AutoL2Rule
+from decaycast.methods.l2 import transfer
+from decaycast.methods.l2.autol2 import AutoL2
 from decaycast.methods.l2.find import find
 from decaycast.methods.l2.forecast import Forecast, forecast
+from decaycast.methods.l2.rule import AutoL2Rule
 
 __version__ = "0.1.0"
 
@@ -30,5 +32,6 @@ __all__ = [
     "find",
     "forecast",
     "infinite_width",
+    "transfer",
     "weight_decay_for",
 ]

@@ -18,13 +18,15 @@ try:
 except ImportError as _error:
     raise SystemExit(f"the command line needs typer and rich ({_error}): pip install 'decaycast[lab]'") from _error
 
+from decaycast import cli_lab
 from decaycast.core.experiment import Run, jsonable
 from decaycast.core.names import choose
-from decaycast.core.schedule import by_name
+from decaycast.core.schedule import LR_NAMES
 from decaycast.lab import data as datasets
-from decaycast.lab.audit import audit as audit_recipe
-from decaycast.lab.audit import parameter_table
+from decaycast.lab.audit import Decaying, Report, audit_facts, parameter_table
 from decaycast.lab.forecasting import Request, Result, find_weight_decay, recipe_config
+from decaycast.lab.recipes import Facts, read_config, with_options
+from decaycast.lab.rules import Plan
 from decaycast.lab.store import Store
 from decaycast.lab.trial import OPTIMIZERS, RULES, make_optimizer, train_run
 from decaycast.methods.l2.forecast import PRIOR_EFOLDS
@@ -32,6 +34,7 @@ from decaycast.methods.l2.forecast import PRIOR_EFOLDS
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Regularisation that tunes itself, for PyTorch.")
 out = Console()
 notes = Console(stderr=True)
+app.add_typer(cli_lab.app, name="lab")
 
 
 class Metric(enum.StrEnum):
@@ -48,9 +51,7 @@ ModelOption = Annotated[str, typer.Option("--model", help="mlp-256x3, cnn-16, cn
 OptimizerOption = Annotated[str, typer.Option("--optimizer", help="sgd or adamw")]
 LrOption = Annotated[float | None, typer.Option("--lr", help="learning rate [sgd: 0.02, adamw: 0.001]")]
 MomentumOption = Annotated[float, typer.Option("--momentum", help="of sgd")]
-ScheduleOption = Annotated[
-    str, typer.Option("--schedule", help="of the learning rate: constant, cosine, linear, step_decay")
-]
+ScheduleOption = Annotated[str, typer.Option("--schedule", help=f"of the learning rate: {', '.join(LR_NAMES)}")]
 BudgetOption = Annotated[int, typer.Option("--budget", "--steps", help="optimiser steps of the full training")]
 BatchOption = Annotated[int, typer.Option("--batch-size")]
 SeedOption = Annotated[int, typer.Option("--seed")]
@@ -109,9 +110,10 @@ def find(
 def train(
     data: DataOption = "digits",
     weight_decay: Annotated[float | None, typer.Option(help="lambda, autol2's start [0.0005; autol2: 0.1]")] = None,
-    rule: Annotated[
-        str, typer.Option(help="of the weight decay: constant, cosine, linear, step_decay, autol2")
-    ] = "constant",
+    rule: Annotated[str, typer.Option(help=f"of the weight decay: {', '.join(RULES)}")] = "constant",
+    budget_efolds: Annotated[
+        float | None, typer.Option(help="of autol2-efolds, which sets lambda itself [1.3]")
+    ] = None,
     budget: BudgetOption = 3000,
     model: ModelOption = "mlp-256x3",
     optimizer: OptimizerOption = "sgd",
@@ -129,7 +131,12 @@ def train(
     choose(rule, RULES, "weight decay rule")
     decay = weight_decay if weight_decay is not None else {"autol2": 0.1}.get(rule, 5e-4)
     config = _config(data, train_size, model, optimizer, lr, momentum, schedule, budget, batch_size)
-    run = Run(config={**config, "weight_decay": _positive("weight decay", decay, zero=True), "rule": rule}, seed=seed)
+    chosen = {"weight_decay": _positive("weight decay", decay, zero=True), "rule": rule}
+    if budget_efolds is not None:
+        if rule != "autol2-efolds":
+            raise ValueError(f"--budget-efolds belongs to --rule autol2-efolds, got --rule {rule}")
+        chosen["budget_efolds"] = _positive("budget of e-folds", budget_efolds)
+    run = Run(config={**config, **chosen}, seed=seed)
     with _progress(as_json) as progress:
         task = progress.add_task("training", total=budget, note="")
         row = train_run(
@@ -139,7 +146,8 @@ def train(
         )
     if rule == "autol2" and schedule != "constant" and not as_json:
         notes.print(
-            "note: AutoL2 is made for a constant learning rate; under a falling one it does not match a tuned constant"
+            "note: the paper's AutoL2 is made for a constant learning rate; under a falling one it does not match a tuned "
+            "constant. Try --rule autol2-efolds"
         )
     if store is not None:
         with Store(store) as opened:
@@ -155,40 +163,64 @@ def train(
 
 @app.command()
 def audit(
-    lr: Annotated[float, typer.Option(help="learning rate (peak)")],
-    weight_decay: Annotated[float, typer.Option(help="lambda, in the optimiser's own convention")],
-    steps: Annotated[int, typer.Option(help="optimiser steps of the run")],
-    optimizer: OptimizerOption = "sgd",
-    momentum: MomentumOption = 0.0,
-    schedule: ScheduleOption = "constant",
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", help="a Trainer's arguments as JSON, or timm's args.yaml; options add to it"),
+    ] = None,
+    lr: Annotated[float | None, typer.Option(help="learning rate (peak)")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="lambda, in the optimiser's own convention")] = None,
+    steps: Annotated[int | None, typer.Option(help="optimiser steps of the run")] = None,
+    epochs: Annotated[float | None, typer.Option(help="instead of --steps, with --samples and --batch-size")] = None,
+    optimizer: Annotated[str | None, typer.Option(help="sgd or adamw [sgd]")] = None,
+    momentum: Annotated[float | None, typer.Option(help="of sgd [0]")] = None,
+    schedule: Annotated[
+        str | None, typer.Option(help=f"of the learning rate: {', '.join(LR_NAMES)} [constant]")
+    ] = None,
     convention: Annotated[
         str | None, typer.Option(help="sgd, decoupled, relative, corrected [by the optimiser]")
     ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="samples (for text: sequences) per optimiser step")] = None,
+    world_size: Annotated[int | None, typer.Option(help="devices, where the file does not say it")] = None,
+    samples: Annotated[float | None, typer.Option(help="training samples in an epoch")] = None,
+    tokens: Annotated[float | None, typer.Option(help="tokens of the whole run")] = None,
+    parameters: Annotated[float | None, typer.Option(help="of the language model")] = None,
+    sequence_length: Annotated[float | None, typer.Option(help="tokens in a sequence")] = None,
+    new_steps: Annotated[float | None, typer.Option(help="carry the weight decay to a run of so many steps")] = None,
+    new_batch_size: Annotated[float | None, typer.Option(help="... of this batch size")] = None,
+    new_samples: Annotated[float | None, typer.Option(help="... on so many samples an epoch")] = None,
+    width_factor: Annotated[float | None, typer.Option(help="... so many times as wide (muP)")] = None,
     model: Annotated[str | None, typer.Option(help="also list which parameters of this network decay")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Without training: e-folds, relaxation time and advice for a recipe, and which parameters decay."""
-    choose(optimizer, OPTIMIZERS, "optimizer")
-    shape = by_name(schedule, steps)
-    kind = convention or ("sgd" if optimizer == "sgd" else "decoupled")
-    found = audit_recipe(
-        lr=lambda step: lr * shape(step), weight_decay=weight_decay, steps=steps, momentum=momentum, convention=kind
+    """Without training: e-folds, relaxation time, what each rule says about a recipe, and which parameters decay."""
+    facts = with_options(
+        Facts() if config is None else read_config(config, world_size),
+        lr=lr,
+        weight_decay=weight_decay,
+        steps=steps,
+        epochs=epochs,
+        optimizer=optimizer,
+        momentum=momentum,
+        schedule=schedule,
+        batch_size=batch_size,
     )
-    rows = _decaying(model, optimizer, lr, weight_decay, momentum) if model else []
+    report = audit_facts(
+        facts,
+        convention=convention,
+        samples=samples,
+        tokens=tokens,
+        parameters=parameters,
+        sequence_length=sequence_length,
+        new_steps=new_steps,
+        new_batch_size=new_batch_size,
+        new_samples=new_samples,
+        width_factor=width_factor,
+    )
+    rows = _decaying(model, report.plan) if model else []
     if as_json:
-        out.print_json(json.dumps(jsonable({**found.to_dict(), "parameters": [vars(row) for row in rows]})))
-        return
-    tau = "infinite" if found.tau is None else f"{found.tau:.3g} of the run"
-    out.print(f"[bold]{found.efolds:.3g} e-folds[/] of decay over {steps} steps; relaxation time {tau}")
-    out.print(found.advice)
-    if found.usual_weight_decay is not None:
-        guess = f"weight decay {found.usual_weight_decay:.3g} would spend {PRIOR_EFOLDS} e-folds"
-        out.print(f"zero-cost guess: {guess}; `decaycast find` measures")
-    if rows:
-        table = Table("parameter", "shape", "kind", "weight decay")
-        for row in rows:
-            table.add_row(row.name, "x".join(map(str, row.shape)), row.kind, f"{row.weight_decay:g}")
-        out.print(table)
+        out.print_json(json.dumps(jsonable({**report.to_dict(), "parameters": [vars(row) for row in rows]})))
+    else:
+        _print_audit(report, rows)
 
 
 @app.command()
@@ -260,12 +292,49 @@ def _momentum(value: float) -> float:
     return value
 
 
-def _decaying(model: str, optimizer: str, lr: float, weight_decay: float, momentum: float) -> list[Any]:
+def _decaying(model: str, plan: Plan) -> list[Decaying]:
     from decaycast.lab import models
 
     network = models.build(model, (3, 32, 32), 10, seed=0)
-    config = {"optimizer": optimizer, "lr": lr, "weight_decay": weight_decay, "momentum": momentum}
+    kind = "sgd" if plan.convention == "sgd" else "adamw"  # which parameters decay is the same in all others
+    config = {"optimizer": kind, "lr": plan.peak, "weight_decay": plan.weight_decay, "momentum": plan.momentum}
     return parameter_table(network, make_optimizer(config, network.parameters()))
+
+
+def _print_audit(report: Report, rows: list[Decaying]) -> None:
+    found, plan = report.audit, report.plan
+    tau = "infinite" if found.tau is None else f"{found.tau:.3g} of the run"
+    tau += "" if report.tau_epochs is None else f" ({report.tau_epochs:.3g} epochs at the peak lr)"
+    if report.source != "options":
+        text = f"{report.source}: lr {plan.peak:g}, weight decay {plan.weight_decay:g} ({plan.convention}), {plan.schedule} lr"
+        out.print(text, markup=False, highlight=False)
+    out.print(f"[bold]{found.efolds:.3g} e-folds[/] of decay over {plan.steps} steps; relaxation time {tau}")
+    out.print(found.advice)
+    if found.usual_weight_decay is not None:
+        guess = f"weight decay {found.usual_weight_decay:.3g} would spend {PRIOR_EFOLDS} e-folds"
+        out.print(f"zero-cost guess: {guess}; `decaycast find` measures")
+    if report.batch is not None:
+        sizes = [report.batch[name] for name in ("tokens", "optimal_tokens", "critical_tokens")]
+        out.print("batch {:.3g} tokens; Power Lines: best about {:.3g}, critical about {:.3g}".format(*sizes))
+    _print_rules(report)
+    if rows:
+        table = Table("parameter", "shape", "kind", "weight decay")
+        for row in rows:
+            table.add_row(row.name, "x".join(map(str, row.shape)), row.kind, f"{row.weight_decay:g}")
+        out.print(table)
+
+
+def _print_rules(report: Report) -> None:
+    table = Table("rule", "for", "weight decay", "x yours", "e-folds", "source")
+    for said in report.rules:
+        if said.weight_decay is not None:
+            times = "" if said.times_yours is None else f"{said.times_yours:.3g}"
+            table.add_row(said.rule, said.about, f"{said.weight_decay:.3g}", times, f"{said.efolds:.3g}", said.source)
+    if table.row_count:
+        out.print(table)
+    lines = [f"{said.rule}: {'no answer, ' * (said.weight_decay is None)}{said.why}" for said in report.rules]
+    for line in [*report.disagreements, *lines, *(f"note: {note}" for note in report.notes)]:
+        out.print(line, markup=False, highlight=False)
 
 
 def _progress(quiet: bool) -> Progress:

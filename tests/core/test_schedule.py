@@ -1,9 +1,7 @@
-"""Schedules as functions, and the weight-decay scheduler: zeros stay, resume is exact, tensors are written in place."""
+"""Schedules as functions: their shapes off the ends, their names, and what they refuse."""
 
 from __future__ import annotations
 
-import copy
-import json
 import math
 
 import numpy as np
@@ -11,24 +9,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch._dynamo.testing import CompileCounter
 
 from decaycast.core import schedule as sc
 from decaycast.core.names import choose
+from decaycast.core.timescale import efolds
 
 KNOWN = ["constant", "linear", "cosine", "step_decay"]
-
-
-def sgd(*weight_decays: float | torch.Tensor, lr: float | torch.Tensor = 0.1, **options) -> torch.optim.SGD:
-    groups = [
-        {"params": [torch.nn.Parameter(torch.full((3,), 2.0, dtype=torch.float64))], "weight_decay": weight_decay}
-        for weight_decay in weight_decays
-    ]
-    return torch.optim.SGD(groups, lr=lr, **options)
-
-
-def decays(optimizer: torch.optim.Optimizer) -> list[float]:
-    return [float(group["weight_decay"]) for group in optimizer.param_groups]
 
 
 # names
@@ -64,7 +50,7 @@ def test_linear_and_cosine_off_the_ends():
 
 
 def test_cosine_is_the_one_torch_uses_for_learning_rates():
-    optimizer = sgd(0.0, lr=1.0)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
     reference = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=37, eta_min=0.25)
     ours = sc.cosine(37, 0.25)
     for step in range(38):
@@ -106,16 +92,139 @@ def test_join_restarts_each_piece_at_its_boundary():
     assert sc.join([sc.linear(10)], [])(5) == 0.5
 
 
-@pytest.mark.parametrize("name", KNOWN)
+def test_exponential_falls_by_the_same_factor_every_step():
+    value = sc.exponential(40, end=0.2)
+    ratios = {round(value(step + 1) / value(step), 12) for step in range(40)}
+    assert ratios == {round(0.2 ** (1 / 40), 12)}
+    assert value(40) == pytest.approx(0.2, rel=1e-15) == value(90)
+
+
+def test_inverse_time_is_omega_over_time_as_in_adana():
+    omega, lr, total = 4.0, 3e-3, 500
+    shape, timescale = sc.inverse_time(total), total / 10
+    gamma = sc.wsd(total)
+    weight_decay = omega / (lr * timescale)
+    shrinks = [lr * gamma(step) * weight_decay * shape(step) for step in range(total)]
+    assert shrinks == pytest.approx([gamma(step) * omega / (timescale + step) for step in range(total)], rel=1e-14)
+    assert sc.inverse_time(total, timescale_steps=7)(14) == pytest.approx(1 / 3)
+    assert shape(total + 9) == shape(total) == pytest.approx(1 / 11)
+
+
+def test_the_efolds_of_inverse_time_are_the_harmonic_sum():
+    total, timescale = 1000, 100.0
+    spent = efolds(lr=sc.inverse_time(total), weight_decay=1 / timescale, steps=total)  # omega 1, lr 1
+    ends = torch.tensor([timescale + total, timescale], dtype=torch.float64)
+    assert spent == pytest.approx(float(torch.digamma(ends).diff().neg()), rel=1e-12)
+    assert spent == pytest.approx(math.log(11), rel=2e-3)
+
+
+def test_wsd_has_a_ramp_a_plateau_and_a_straight_end():
+    value = sc.wsd(1000, warmup_share=0.05, cooldown_share=0.3, end=0.1)
+    assert [value(step) for step in (0, 24, 49)] == pytest.approx([0.02, 0.5, 1.0])
+    assert {value(step) for step in range(49, 701)} == {1.0}
+    assert [value(step) for step in (850, 1000, 1200)] == pytest.approx([0.55, 0.1, 0.1])
+
+
+def test_wsd_without_its_ends_is_constant_or_linear():
+    flat, sloped = sc.wsd(20, 0.0, 0.0), sc.wsd(20, 0.0, 1.0, end=0.4)
+    assert [flat(step) for step in range(20)] == [1.0] * 20
+    assert [sloped(step) for step in range(25)] == [sc.linear(20, 0.4)(step) for step in range(25)]
+
+
+@pytest.mark.parametrize("total", [7, 10, 200, 9600])
+def test_decay_is_off_exactly_while_wsd_cools_down(total):
+    rate, decay = sc.wsd(total, warmup_share=0.0), sc.off_in_cooldown(total)
+    start = next(step for step in range(total) if decay(step) == 0)
+    assert start == math.ceil(0.8 * total)
+    assert rate(start) == 1.0 > rate(start + 1)
+    assert [decay(step) for step in (0, start - 1, start, total, total + 5)] == [1.0, 1.0, 0.0, 0.0, 0.0]
+
+
+def test_rising_schedules_end_at_ten_times_their_start_as_in_dino():
+    base = 0.04
+    for name in ("cosine_up", "linear_up"):
+        value = sc.by_name(name, 100)
+        assert base * value(0) == 0.04
+        assert base * value(50) == pytest.approx(0.22)
+        assert base * value(100) == pytest.approx(0.4) == base * value(150)
+
+
+def test_lr_proportional_is_the_corrected_convention():
+    lr, total, weight_decay = 0.3, 60, 0.02
+    schedule = sc.warmup(sc.cosine(total), 6)  # its peak is neither 1 nor at step 0
+    shape = sc.lr_proportional(total, schedule)
+    by_shape = efolds(lr=lambda step: lr * schedule(step) * shape(step), weight_decay=weight_decay, steps=total)
+    corrected = efolds(
+        lr=lambda step: lr * schedule(step), weight_decay=weight_decay, steps=total, convention="corrected"
+    )
+    assert by_shape == pytest.approx(corrected, rel=1e-13)
+    assert max(shape(step) for step in range(total)) == 1.0
+    assert max(schedule(step) for step in range(total)) < 1.0
+
+
+# all of them, by name
+
+
+RISING, FALLING = (
+    ("linear_up", "cosine_up"),
+    tuple(name for name in sc.WEIGHT_DECAY_NAMES if name not in ("linear_up", "cosine_up", "wsd")),
+)
+
+
+def named(name: str, total: int) -> sc.Schedule:
+    return sc.by_name(name, total, lr_schedule=sc.cosine(total))
+
+
+@given(total=st.integers(1, 3000), name=st.sampled_from(sc.WEIGHT_DECAY_NAMES), steps=st.data())
+def test_every_schedule_stays_where_its_horizon_ends_and_is_a_multiplier(total, name, steps):
+    value = named(name, total)
+    assert value(total) == value(total + 1) == value(10 * total)
+    assert value(-5) == value(0)
+    inside = [value(step) for step in steps.draw(st.lists(st.integers(0, total), min_size=1))]
+    assert all(0 <= one <= sc.RISE for one in inside)
+
+
+@given(total=st.integers(1, 3000), name=st.sampled_from(RISING + FALLING), steps=st.data())
+def test_every_schedule_but_wsd_keeps_its_direction(total, name, steps):
+    value = named(name, total)
+    early, late = sorted(steps.draw(st.tuples(st.integers(0, total), st.integers(0, total))))
+    assert value(0) == 1.0
+    assert value(early) <= value(late) if name in RISING else value(early) >= value(late)
+    assert (value(total) == 1.0) == (name == "constant")
+
+
+@given(total=st.integers(1, 2000), name=st.sampled_from(RISING + FALLING), steps=st.data())
+def test_twice_the_steps_stretch_the_shape(total, name, steps):
+    step = steps.draw(st.integers(0, total))
+    assert named(name, 2 * total)(2 * step) == pytest.approx(named(name, total)(step), rel=1e-12, abs=1e-15)
+
+
+def test_names_say_what_they_are_for():
+    assert set(sc.LR_NAMES) < set(sc.WEIGHT_DECAY_NAMES)
+    assert set(sc.WEIGHT_DECAY_NAMES) - set(sc.LR_NAMES) == {
+        "off_in_cooldown", "linear_up", "cosine_up", "inverse_time", "lr_proportional"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sc.WEIGHT_DECAY_NAMES)
 def test_by_name_gives_the_default_shape(name):
+    half = sc.linear(40, end=0.5)
     expected = {
         "constant": sc.constant(),
         "linear": sc.linear(40),
         "cosine": sc.cosine(40),
         "step_decay": sc.step_decay(40),
+        "exponential": sc.exponential(40),
+        "wsd": sc.wsd(40),
+        "off_in_cooldown": sc.off_in_cooldown(40),
+        "linear_up": sc.linear(40, end=10.0),
+        "cosine_up": sc.cosine(40, end=10.0),
+        "inverse_time": sc.inverse_time(40),
+        "lr_proportional": half,
     }[name]
-    assert sc.NAMES == tuple(KNOWN)
-    assert [sc.by_name(name, 40)(step) for step in range(45)] == [expected(step) for step in range(45)]
+    assert [sc.by_name(name, 40, half)(step) for step in range(45)] == [expected(step) for step in range(45)]
+    if name in sc.LR_NAMES:
+        assert [sc.lr_by_name(name, 40)(step) for step in range(45)] == [expected(step) for step in range(45)]
 
 
 @pytest.mark.parametrize(
@@ -136,6 +245,23 @@ def test_by_name_gives_the_default_shape(name):
         (lambda: sc.join([sc.constant()] * 3, [4, 4]), "boundaries must rise, got \\[4, 4\\]"),
         (lambda: sc.join([sc.constant()] * 2, [0]), "a boundary must be a whole number >= 1, got 0"),
         (lambda: sc.by_name("cosin", 5), "unknown schedule 'cosin'; did you mean 'cosine'"),
+        (lambda: sc.by_name("lr_proportional", 5), "'lr_proportional' follows the learning rate; give its schedule as"),
+        (lambda: sc.by_name("lr_proportional", 0, sc.constant()), "total_steps must be a whole number >= 1, got 0"),
+        (lambda: sc.lr_by_name("linar", 5), "unknown schedule 'linar'; did you mean 'linear'"),
+        (
+            lambda: sc.lr_by_name("cosine_up", 5),
+            "'cosine_up' is a schedule of the weight decay, not of the learning rate",
+        ),
+        (lambda: sc.exponential(5, end=0), "end must be > 0 for an exponential schedule, got 0; use linear or cosine"),
+        (lambda: sc.exponential(5, end=-1), "end must be a finite number >= 0, got -1"),
+        (lambda: sc.inverse_time(5, timescale_steps=0), "timescale_steps must be > 0, got 0; leave it out for a tenth"),
+        (lambda: sc.inverse_time(5, timescale_steps=math.inf), "timescale_steps must be a finite number >= 0, got inf"),
+        (lambda: sc.wsd(5, warmup_share=0.5, cooldown_share=0.6), "together at most 1, got 0.5 and 0.6"),
+        (lambda: sc.wsd(5, warmup_share=-0.1), "warmup_share and cooldown_share must be >= 0 .* got -0.1 and 0.2"),
+        (lambda: sc.wsd(5, end=-1), "end must be a finite number >= 0, got -1"),
+        (lambda: sc.off_in_cooldown(5, 1.2), r"cooldown_share must be in \[0, 1\], got 1.2"),
+        (lambda: sc.lr_proportional(5, lambda step: 0.0), "the learning rate is zero at every step, so it has no peak"),
+        (lambda: sc.lr_proportional(5, lambda step: -1.0), r"lr_schedule\(0\) must be a finite number >= 0, got -1.0"),
     ],
 )
 def test_bad_arguments_are_named(call, message):
@@ -143,284 +269,10 @@ def test_bad_arguments_are_named(call, message):
         call()
 
 
+def test_a_learning_rate_schedule_has_to_be_a_function():
+    with pytest.raises(TypeError, match="lr_schedule must be a function step -> multiplier, got float"):
+        sc.lr_proportional(5, 0.1)  # type: ignore[arg-type]
+
+
 def test_whole_numbers_of_other_types_pass():
     assert sc.linear(np.int64(10))(5) == 0.5 == sc.linear(10.0)(5)
-
-
-# the scheduler
-
-
-def test_each_group_is_scaled_from_its_own_initial_value_and_zero_stays_zero():
-    optimizer = sgd(0.1, 0.0, 0.004)
-    scheduler = sc.WeightDecayScheduler(optimizer, lambda step: 3.0 / (step + 1))
-    assert decays(optimizer) == pytest.approx([0.3, 0.0, 0.012])
-    assert [group["initial_weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0, 0.004]
-    optimizer.step()
-    scheduler.step()
-    assert decays(optimizer) == scheduler.get_last_wd() == pytest.approx([0.15, 0.0, 0.006])
-    assert decays(optimizer)[1] == 0.0
-    assert [group["lr"] for group in optimizer.param_groups] == [0.1] * 3
-
-
-def test_a_learning_rate_scheduler_beside_it_is_not_disturbed():
-    optimizer = sgd(0.1)
-    ours = sc.WeightDecayScheduler(optimizer, sc.linear(4))
-    theirs = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.5, total_iters=2)
-    for _ in range(2):
-        optimizer.step()
-        theirs.step()
-        ours.step()
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.05)
-    assert decays(optimizer) == pytest.approx([0.05])
-
-
-def test_a_group_added_later_joins_with_its_own_value():
-    optimizer = sgd(0.1)
-    scheduler = sc.WeightDecayScheduler(optimizer, sc.linear(4))
-    scheduler.step()
-    optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))], "weight_decay": 0.8})
-    scheduler.step()
-    assert decays(optimizer) == pytest.approx([0.05, 0.4])
-
-
-def test_last_step_goes_on_after_it_as_torch_does():
-    optimizer = sgd(0.1)
-    first = sc.WeightDecayScheduler(optimizer, sc.linear(10))
-    for _ in range(4):
-        first.step()
-    again = sc.WeightDecayScheduler(optimizer, sc.linear(10), last_step=4)
-    assert again.last_step == 5
-    assert decays(optimizer) == pytest.approx([0.05])
-
-
-def test_built_after_the_optimizers_state_was_loaded_it_believes_the_initial_value_in_it():
-    before = sgd(0.1)
-    scheduler = sc.WeightDecayScheduler(before, sc.linear(10))
-    for _ in range(5):
-        scheduler.step()
-    after = sgd(0.7)
-    after.load_state_dict(before.state_dict())
-    assert decays(after) == [0.05]
-    assert sc.WeightDecayScheduler(after, sc.constant()).get_last_wd() == [0.1]
-
-
-def test_an_optimizer_state_saved_without_a_scheduler_does_not_compound():
-    plain = sgd(0.1)
-    optimizer = sgd(0.1)
-    scheduler = sc.WeightDecayScheduler(optimizer, sc.linear(4))
-    scheduler.step()
-    state = plain.state_dict()
-    state["param_groups"][0]["weight_decay"] = 0.025
-    optimizer.load_state_dict(state)  # groups without "initial_weight_decay"
-    scheduler.step()
-    assert decays(optimizer) == pytest.approx([0.05])
-
-
-def train(steps: int, scheduler: sc.WeightDecayScheduler, optimizer, model, start: int = 0) -> list[float]:
-    used: list[float] = []
-    handle = optimizer.register_step_pre_hook(lambda opt, args, kwargs: used.append(decays(opt)[0]))
-    for step in range(start, start + steps):
-        generator = torch.Generator().manual_seed(step)
-        inputs = torch.randn(8, 3, generator=generator, dtype=torch.float64)
-        optimizer.zero_grad()
-        model(inputs).square().mean().backward()
-        optimizer.step()
-        scheduler.step()
-    handle.remove()
-    return used
-
-
-def fresh(weight_decay: float = 0.3):
-    torch.manual_seed(5)
-    model = torch.nn.Linear(3, 2, dtype=torch.float64)
-    groups = [{"params": [model.weight], "weight_decay": weight_decay}, {"params": [model.bias], "weight_decay": 0.0}]
-    return model, torch.optim.SGD(groups, lr=0.05, momentum=0.9)
-
-
-@pytest.mark.parametrize("order", ["scheduler built first", "optimizer loaded first", "scheduler loaded first"])
-def test_resume_equals_uninterrupted_bit_for_bit(order):
-    whole_model, optimizer = fresh()
-    expected = train(20, sc.WeightDecayScheduler(optimizer, sc.cosine(20, 0.1)), optimizer, whole_model)
-
-    model, optimizer = fresh()
-    scheduler = sc.WeightDecayScheduler(optimizer, sc.cosine(20, 0.1))
-    used = train(8, scheduler, optimizer, model)
-    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
-    text = json.dumps(scheduler.state_dict())
-
-    model, optimizer = fresh(weight_decay=9.0)  # what the constructor got must not matter after a resume
-    model.load_state_dict(saved[0])
-    if order == "optimizer loaded first":
-        optimizer.load_state_dict(saved[1])
-    scheduler = sc.WeightDecayScheduler(optimizer, sc.cosine(20, 0.1))
-    if order == "scheduler loaded first":
-        scheduler.load_state_dict(json.loads(text))
-    if order != "optimizer loaded first":
-        optimizer.load_state_dict(saved[1])
-    if order != "scheduler loaded first":
-        scheduler.load_state_dict(json.loads(text))
-    used += train(12, scheduler, optimizer, model, start=8)
-
-    assert used == expected
-    assert len(set(expected)) == 20
-    for ours, theirs in zip(model.parameters(), whole_model.parameters(), strict=True):
-        assert torch.equal(ours, theirs)
-
-
-def test_loading_writes_the_restored_value_at_once():
-    optimizer = sgd(0.1, 0.0)
-    scheduler = sc.WeightDecayScheduler(optimizer, sc.linear(10))
-    scheduler.load_state_dict({"last_step": 5, "initial_weight_decay": [0.4, 0.0]})
-    assert decays(optimizer) == [0.2, 0.0] == scheduler.get_last_wd()
-    assert optimizer.param_groups[0]["initial_weight_decay"] == 0.4
-    assert scheduler.state_dict() == {"last_step": 5, "initial_weight_decay": [0.4, 0.0]}
-
-
-def test_gradient_accumulation_counts_updates():
-    inputs = torch.randn(20, 8, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    results = []
-    for pieces in (1, 4):
-        model, optimizer = fresh()
-        scheduler = sc.WeightDecayScheduler(optimizer, sc.linear(5))
-        for batch in inputs[:5]:
-            optimizer.zero_grad()
-            for micro in batch.chunk(pieces):
-                (model(micro).square().mean() / pieces).backward()
-            optimizer.step()
-            scheduler.step()
-        results.append((scheduler.last_step, scheduler.get_last_wd(), model.weight.detach()))
-    assert results[0][:2] == results[1][:2] == (5, [0.0, 0.0])
-    torch.testing.assert_close(results[0][2], results[1][2], rtol=1e-12, atol=0)
-
-
-# tensor-valued hyper-parameters and torch.compile
-
-
-def test_tensors_are_filled_in_place_and_lr_is_left_alone():
-    weight_decay, lr = torch.tensor(0.5, dtype=torch.float64), torch.tensor(0.1, dtype=torch.float64)
-    optimizer = sgd(weight_decay, 0.0, lr=lr)
-    scheduler = sc.WeightDecayScheduler(optimizer, sc.linear(4))
-    address = weight_decay.data_ptr()
-    for _ in range(3):
-        scheduler.step()
-    group = optimizer.param_groups[0]
-    assert group["weight_decay"] is weight_decay
-    assert weight_decay.data_ptr() == address
-    assert weight_decay.item() == 0.125
-    assert group["lr"] is lr
-    assert (lr.item(), lr._version) == (0.1, 0)
-    assert optimizer.param_groups[1]["weight_decay"] == 0.0
-    assert json.loads(json.dumps(scheduler.state_dict()))["initial_weight_decay"] == [0.5, 0.0]
-
-
-def count_compilations(weight_decay: float | torch.Tensor, make, steps: int = 6) -> list[int]:
-    """Graphs compiled so far, after each of `steps` optimiser steps with a different weight decay each."""
-    torch._dynamo.reset()
-    parameter = torch.nn.Parameter(torch.ones(3))
-    parameter.grad = torch.full((3,), 0.5)
-    optimizer = torch.optim.AdamW([parameter], lr=0.1, weight_decay=weight_decay, foreach=False)
-    scheduler = sc.WeightDecayScheduler(optimizer, sc.linear(10))
-    counter, compiled = CompileCounter(), []
-    step = make(optimizer, counter)
-    for _ in range(steps):
-        step()
-        scheduler.step()
-        compiled.append(counter.frame_count)
-    torch._dynamo.reset()
-    return compiled
-
-
-def compiled_optimizer_step(optimizer, counter):
-    return torch.compile(optimizer.step, backend=counter)
-
-
-def compiled_decay_loop(optimizer, counter):
-    @torch.no_grad()
-    def shrink():
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
-
-    return torch.compile(shrink, backend=counter, fullgraph=True)
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # raised inside torch while it compiles
-@pytest.mark.parametrize("make", [compiled_optimizer_step, compiled_decay_loop])
-def test_a_tensor_weight_decay_never_recompiles_where_a_float_does(make):
-    with_tensor = count_compilations(torch.tensor(0.5), make)
-    with_float = count_compilations(0.5, make)
-    assert with_tensor[0] >= 1
-    # the first call of an Adam step builds its state, which the second call's graph already finds
-    assert len(set(with_tensor[1:])) == 1
-    assert with_float[-1] > with_float[0]
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_compiled_step_sees_the_new_value():
-    torch._dynamo.reset()
-    optimizer = sgd(torch.tensor(0.5, dtype=torch.float64))
-    scheduler = sc.WeightDecayScheduler(optimizer, sc.linear(4))
-    shrink = compiled_decay_loop(optimizer, CompileCounter())
-    expected = 2.0
-    for step in range(4):
-        shrink()
-        expected *= 1 - 0.1 * 0.5 * (1 - step / 4)
-        scheduler.step()
-    assert optimizer.param_groups[0]["params"][0][0].item() == pytest.approx(expected, rel=1e-14)
-    torch._dynamo.reset()
-
-
-# refusals
-
-
-def test_what_is_no_optimizer_or_no_function_is_refused():
-    with pytest.raises(TypeError, match="WeightDecayScheduler needs a torch optimizer, got Linear"):
-        sc.WeightDecayScheduler(torch.nn.Linear(1, 1), sc.constant())  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="fn must be a function step -> multiplier, got float"):
-        sc.WeightDecayScheduler(sgd(0.1), 0.5)  # type: ignore[arg-type]
-
-
-def test_groups_without_a_usable_weight_decay_are_refused():
-    with pytest.raises(ValueError, match="parameter group 0 has no 'weight_decay'; use an optimizer that decays"):
-        sc.WeightDecayScheduler(torch.optim.Rprop([torch.nn.Parameter(torch.ones(1))]), sc.constant())
-    optimizer = sgd(0.1, 0.1)
-    optimizer.param_groups[1]["weight_decay"] = math.nan
-    with pytest.raises(ValueError, match="weight_decay of parameter group 1 must be a finite number >= 0, got nan"):
-        sc.WeightDecayScheduler(optimizer, sc.constant())
-    assert "initial_weight_decay" not in optimizer.param_groups[0]
-
-
-@pytest.mark.parametrize("bad", [-1.0, math.nan, math.inf, None])
-def test_a_bad_multiplier_is_refused_and_changes_nothing(bad):
-    optimizer = sgd(0.1)
-    scheduler = sc.WeightDecayScheduler(optimizer, lambda step: 1.0 if step < 2 else bad)
-    scheduler.step()
-    with pytest.raises(ValueError, match=r"fn\(2\) must be a finite number >= 0, got"):
-        scheduler.step()
-    assert (scheduler.last_step, decays(optimizer)) == (1, [0.1])
-
-
-def test_going_on_needs_groups_of_an_earlier_run():
-    with pytest.raises(ValueError, match="last_step=3 goes on with an earlier run, but a group has no"):
-        sc.WeightDecayScheduler(sgd(0.1), sc.constant(), last_step=3)
-    with pytest.raises(ValueError, match="last_step must be a whole number >= -1, got -2"):
-        sc.WeightDecayScheduler(sgd(0.1), sc.constant(), last_step=-2)
-
-
-@pytest.mark.parametrize(
-    ("state", "message"),
-    [
-        ({"last_step": 3}, r"no state of WeightDecayScheduler: missing \['initial_weight_decay'\], unexpected \[\]"),
-        ({"last_step": 3, "initial_weight_decay": [0.1], "x": 1}, r"missing \[\], unexpected \['x'\]"),
-        ({"last_step": 3, "initial_weight_decay": [0.1, 0.1]}, "holds 2 parameter groups but the optimizer has 1"),
-        ({"last_step": 3, "initial_weight_decay": [-0.1]}, r"saved initial_weight_decay\[0\] must be a finite number"),
-        ({"last_step": -1, "initial_weight_decay": [0.1]}, "last_step must be a whole number >= 0, got -1"),
-    ],
-)
-def test_a_foreign_state_is_refused_and_changes_nothing(state, message):
-    optimizer = sgd(0.2)
-    scheduler = sc.WeightDecayScheduler(optimizer, sc.linear(10))
-    with pytest.raises(ValueError, match=message):
-        scheduler.load_state_dict(state)
-    assert scheduler.state_dict() == {"last_step": 0, "initial_weight_decay": [0.2]}
-    assert decays(optimizer) == [0.2]

@@ -8,13 +8,14 @@ import shutil
 import signal
 import threading
 import time
+from functools import partial
 from multiprocessing import resource_tracker, spawn
 
 import pytest
 import torch
 
 from decaycast.core.experiment import Row, Run
-from decaycast.lab.execute import _describe_exit, in_process, processes
+from decaycast.lab.execute import _describe_exit, _require_importable, in_process, processes
 
 
 def runs_of(*names: str) -> list[Run]:
@@ -130,10 +131,16 @@ def test_exit_codes_are_described(code, text):
     assert _describe_exit(code) == text
 
 
+def test_a_partial_of_a_function_can_be_sent_and_one_of_a_closure_cannot():
+    _require_importable(partial(behave, run=None))
+    with pytest.raises(TypeError, match=r"or a functools.partial of one with arguments that can be pickled"):
+        _require_importable(partial(behave, run=lambda: None))
+
+
 def test_processes_refuse_what_they_cannot_do():
     with pytest.raises(ValueError, match="workers must be at least 1, got 0; use in_process"):
         processes(0)
-    with pytest.raises(TypeError, match="train must be a function at the top level of a module .*, got <function"):
+    with pytest.raises(TypeError, match="train must be a function at the top level of a module, or .*, got <function"):
         processes(1)(runs_of("work"), lambda run: Row(run=run), print)
 
 

@@ -17,9 +17,9 @@ from urllib.parse import unquote
 import pytest
 from tests.lab import page_samples as samples
 
-from decaycast.core.experiment import Panel, Row, Trace
+from decaycast.core.experiment import Panel, Row, Run, Trace
 from decaycast.lab import plots
-from decaycast.lab.report import ReportError, write_figure_page, write_forecast_page
+from decaycast.lab.report import ReportError, write_figure_page, write_forecast_page, write_report
 
 LIMIT = 6_000_000
 LOADING = {"src", "srcset", "data", "action", "poster", "background", "formaction"}
@@ -202,7 +202,10 @@ def test_figure_page_states_claim_size_and_verdict(tmp_path):
     assert "✕ not held" in figure_page(tmp_path, samples.SampleFigure("not held")).text
     empty = figure_page(tmp_path, samples.SampleFigure("not enough data", panels=[]), rows=[], size="smoke")
     assert "Nothing to draw yet" in empty.text
-    assert "0 of 2 runs of this size finished." in empty.text
+    assert "0 of 2 runs of this size finished; 2 missing." in empty.text
+    assert "Judged on what is there: 2 of 2 runs are missing." in empty.text
+    assert "missing" not in page.text
+    assert "decaycast lab run l2/time-to-best --size smoke" in empty.text
 
 
 def test_bands_break_at_gaps_and_stay_on_a_log_axis():
@@ -392,6 +395,66 @@ def test_a_missing_extra_names_the_pip_command(monkeypatch, missing, module, tol
 
 def test_rows_without_provenance_are_fine(tmp_path):
     figure = samples.SampleFigure()
-    rows = [Row(run=run, provenance={"torch": f"2.{i}"}) for i, run in enumerate(figure.runs("small") * 3)]
-    assert "2.0, 2.1, 2.2, 2.3 and 2 more" in figure_page(tmp_path, figure, rows).text
+    runs = [replace(run, seed=seed) for seed in range(3) for run in figure.runs("small")]
+    rows = [Row(run=run, provenance={"torch": f"2.{i}"}) for i, run in enumerate(runs)]
+    many = samples.SampleFigure()
+    many.runs = lambda size: runs
+    assert "2.0, 2.1, 2.2, 2.3 and 2 more" in figure_page(tmp_path, many, rows).text
     assert "2 of 2 runs" in figure_page(tmp_path, figure, [Row(run=run) for run in figure.runs("small")]).text
+
+
+# ---- several figures
+
+
+def index_page(tmp_path, figures, rows) -> Page:
+    write_report(tmp_path / "pages", figures, rows, "small")
+    return Page((tmp_path / "pages" / "index.html").read_text(encoding="utf-8"))
+
+
+def other_figure(name="l2/other") -> samples.SampleFigure:
+    figure = samples.SampleFigure("not held")
+    figure.name, figure.claim = name, samples.EVIL
+    figure.runs = lambda size: [Run(config={"size": size}, seed=9)]
+    return figure
+
+
+def test_a_report_has_a_page_per_figure_and_an_index_that_links_them(tmp_path):
+    first, second = samples.SampleFigure(), other_figure()
+    page = index_page(tmp_path, [first, second], first.rows())
+    links = [attributes["href"] for tag, attributes in page.elements if tag == "a"]
+    assert links == ["l2/time-to-best.html", "l2/other.html"]
+    assert all((tmp_path / "pages" / link).is_file() for link in links if link)
+    for said in (
+        first.title,
+        first.claim,
+        samples.EVIL,
+        "✓ held",
+        "✕ not held",
+        "1 of 2, 1 failed",
+        "0 of 1, 1 missing",
+    ):
+        assert said in page.text, said
+    assert "Size shown: small (minutes on two cores)" in page.text
+    assert "held 1 not held 1 not enough data 0" in page.text
+
+
+def test_an_index_loads_nothing_and_is_small(tmp_path):
+    page = index_page(tmp_path, [other_figure()], [])
+    relative = [attributes for tag, attributes in page.elements if tag == "a"]
+    for attributes in relative:
+        attributes.pop("href")
+    assert_loads_nothing(page)
+    assert (tmp_path / "pages" / "index.html").stat().st_size < 50_000
+    clean = index_page(tmp_path, [samples.SampleFigure()], [])
+    assert [tag for tag, _ in page.elements] == [tag for tag, _ in clean.elements], "hostile text became markup"
+
+
+def test_an_index_of_no_figures_says_so(tmp_path):
+    assert "0 figures, size small" in index_page(tmp_path, [], []).text
+
+
+@pytest.mark.parametrize("name", ["../up", "/etc/x", "l2/..", "a/b/c", "L2/x", "", "l2/x\n", "l2/x.html"])
+def test_a_figures_name_cannot_lead_out_of_the_folder(tmp_path, name):
+    with pytest.raises(ValueError, match="a figure's name must be room/name in a-z, 0-9 and hyphens, got"):
+        write_report(tmp_path / "pages", [samples.SampleFigure(), other_figure(name)], [], "small")
+    assert not (tmp_path / "pages").exists()

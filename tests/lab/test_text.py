@@ -70,7 +70,8 @@ def test_the_split_does_not_depend_on_the_training_seed_but_on_its_own(folder: P
     ("settings", "message"),
     [
         ({"pool": 2}, "cannot be pooled; leave pool at 1, got 2"),
-        ({"train_size": 0, "validation_size": -1}, "validation windows, but -1 were asked for"),
+        ({"validation_size": -1}, "validation windows, but -1 were asked for"),
+        ({"train_size": 0}, "train windows, but 0 were asked for"),
         ({"train_size": 10**6}, "train windows, but 1000000 were asked for; lower train_size"),
     ],
 )

@@ -11,7 +11,7 @@ import torch
 from decaycast.core.experiment import Run
 from decaycast.core.hook import Hook
 from decaycast.core.measure import COLUMNS, measuring_steps
-from decaycast.core.schedule import by_name
+from decaycast.core.schedule import WEIGHT_DECAY_NAMES, by_name
 from decaycast.core.train import DivergedError
 from decaycast.lab.trial import DEFAULTS, Trial, make_optimizer, train_run
 
@@ -89,10 +89,11 @@ def test_a_constant_rule_keeps_the_decay():
     assert set(trial.curve()["weight_decay"]) == {0.01}
 
 
-def test_a_schedule_as_rule_lowers_the_decay():
-    trial = Trial(tiny(rule="cosine"))
+@pytest.mark.parametrize("rule", WEIGHT_DECAY_NAMES)
+def test_a_schedule_as_rule_moves_the_decay(rule: str):
+    trial = Trial(tiny(rule=rule, schedule="linear"))
     trial.advance(STEPS)
-    shape = by_name("cosine", STEPS)
+    shape = by_name(rule, STEPS, lr_schedule=by_name("linear", STEPS))
     curve = trial.curve()
     assert curve["weight_decay"] == pytest.approx([0.01 * shape(int(step) - 1) for step in curve["step"]], rel=1e-9)
 
@@ -130,6 +131,7 @@ def test_hooks_of_the_caller_are_called():
         ({"optimizer": "sdg"}, "unknown optimizer 'sdg'; did you mean 'sgd'"),
         ({"rule": "autol"}, "unknown weight decay rule 'autol'; did you mean 'autol2'"),
         ({"schedule": "cosin"}, "unknown .*schedule 'cosin'; did you mean 'cosine'"),
+        ({"schedule": "cosine_up"}, "'cosine_up' is a schedule of the weight decay, not of the learning rate"),
         ({"data": "digit"}, "unknown data set 'digit'; did you mean 'digits'"),
         ({"model": "mpl"}, "unknown model 'mpl'; did you mean 'mlp'"),
         ({"train_size": 0}, "train_size must be at least 1, got 0"),

@@ -1,20 +1,14 @@
-"""Schedules, and the weight-decay scheduler that torch lacks.
+"""Schedules: pure functions of the optimiser step, for weight decay and for the learning rate.
 
 A schedule is a pure function of the 0-based optimiser step that returns a *multiplier* of some base value (a group's
 initial weight decay, a learning rate): 1 leaves the base as it is. Outside its horizon it stays at its end value.
-
-`WeightDecayScheduler` has the habits of torch's learning-rate schedulers: the constructor writes the value of step 0,
-`step()` follows `optimizer.step()`, `state_dict()` leaves the optimiser out. What it guards against is what
-hand-written ones get wrong: groups without decay stay at exactly 0, a resumed run never takes a step with the
-constructor's value, and a tensor-valued weight decay is written in place, so that compiled and captured optimiser
-steps see the new number.
+`decaycast.core.decay.WeightDecayScheduler` runs any of them on an optimiser.
 """
 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +17,8 @@ import torch
 from decaycast.core.names import choose
 
 Schedule = Callable[[int], float]
+COOLDOWN = 0.2  # share of the run that "wsd" and "off_in_cooldown" use for the cooldown
+RISE = 10.0  # how much the rising schedules gain by name: DINO's 0.04 -> 0.4 (Caron et al. 2021)
 
 
 def constant() -> Schedule:
@@ -43,7 +39,7 @@ def linear(total_steps: int, end: float = 0.0) -> Schedule:
     >>> linear(10, end=0.5)(5)
     0.75
     """
-    total, end = _horizon(total_steps), _multiplier("end", end)
+    total, end = _horizon(total_steps), check_multiplier("end", end)
 
     def value(step: int) -> float:
         t = _progress(step, total)
@@ -60,7 +56,7 @@ def cosine(total_steps: int, end: float = 0.0) -> Schedule:
     >>> round(cosine(10, end=0.5)(5), 12)
     0.75
     """
-    total, end = _horizon(total_steps), _multiplier("end", end)
+    total, end = _horizon(total_steps), check_multiplier("end", end)
 
     def value(step: int) -> float:
         fall = (1.0 + math.cos(math.pi * _progress(step, total))) / 2.0
@@ -85,12 +81,133 @@ def step_decay(total_steps: int, milestones: Sequence[float] = (0.3, 0.6, 0.9), 
     >>> [round(step_decay(10)(step), 3) for step in (2, 3, 6, 9)]
     [1.0, 0.2, 0.04, 0.008]
     """
-    total, factor = _horizon(total_steps), _multiplier("factor", factor)
+    total, factor = _horizon(total_steps), check_multiplier("factor", factor)
     if list(milestones) != sorted(set(milestones)) or not all(0 <= m <= 1 for m in milestones):
         raise ValueError(f"milestones must be rising fractions of the run in [0, 1], got {tuple(milestones)}")
-    # m*total may exceed a whole number by one rounding error, which must not delay the drop by a step
-    drops = [math.ceil(m * total - 1e-9 * total) for m in milestones]
+    drops = [_first_step(m, total) for m in milestones]
     return lambda step: factor ** sum(step >= drop for drop in drops)
+
+
+def exponential(total_steps: int, end: float = 0.01) -> Schedule:
+    """A geometric fall (or rise) from 1 to `end` at `total_steps`: end**t, t = step/total.
+
+    Args:
+        total_steps: horizon in optimiser steps, >= 1.
+        end: multiplier reached at the horizon, finite and > 0.
+
+    Raises:
+        ValueError: an argument outside its range; a geometric fall never reaches 0.
+
+    >>> round(exponential(10, end=0.01)(5), 12)
+    0.1
+    """
+    total, end = _horizon(total_steps), check_multiplier("end", end)
+    if end == 0:
+        raise ValueError("end must be > 0 for an exponential schedule, got 0; use linear or cosine to reach 0")
+    return lambda step: end ** _progress(step, total)
+
+
+def inverse_time(total_steps: int, timescale_steps: float | None = None) -> Schedule:
+    """A fall like one over the time: t0 / (t0 + step), which is 1 at step 0 and 1/2 at step t0.
+
+    ADana's lambda = omega/t in a form that is finite at step 0 and has no corner (min(1, t0/step) has one). The
+    authors write the shrink per step as gamma(t)*omega/(t0 + t), gamma being the learning rate over its peak; in torch's
+    AdamW that is an initial weight decay of omega/(lr*t0), with lr the peak. omega has no unit: the e-folds per
+    e-fold of time. At a constant learning rate E = omega*log(1 + T/t0), 2.4*omega for the default t0 = T/10.
+
+    Args:
+        total_steps: horizon in optimiser steps, >= 1; the value stays as it is from there on.
+        timescale_steps: t0 > 0 in optimiser steps; None is a tenth of the horizon, as in the authors' runs.
+
+    Raises:
+        ValueError: an argument outside its range.
+
+    Source: Ferbach et al. 2026, arXiv 2602.05298 (omega ~ 4); the form with t0 is that of their code, which counts
+    the first step as 1.
+
+    >>> inverse_time(1000)(300)
+    0.25
+    """
+    total = _horizon(total_steps)
+    timescale = check_multiplier("timescale_steps", total / 10 if timescale_steps is None else timescale_steps)
+    if timescale == 0:
+        raise ValueError("timescale_steps must be > 0, got 0; leave it out for a tenth of the horizon")
+    return lambda step: timescale / (timescale + min(max(step, 0), total))
+
+
+def wsd(total_steps: int, warmup_share: float = 0.01, cooldown_share: float = COOLDOWN, end: float = 0.0) -> Schedule:
+    """Warm-up, stable, decay: a short ramp to 1, then 1, then a straight line to `end` at `total_steps`.
+
+    Args:
+        total_steps: horizon in optimiser steps, >= 1.
+        warmup_share: share of the run for the ramp, in [0, 1]; 0 starts at 1.
+        cooldown_share: share of the run for the last line, in [0, 1]; together at most 1.
+        end: multiplier reached at the horizon, finite and >= 0.
+
+    Raises:
+        ValueError: an argument outside its range.
+
+    Source: Hu et al. 2024 (MiniCPM), arXiv 2404.06395; a cooldown over a fifth of the run as in Haegele et al. 2024,
+    arXiv 2405.18392. The straight line and the length of the ramp are this library's choice.
+
+    >>> [round(wsd(100, warmup_share=0.02)(step), 2) for step in (0, 1, 80, 90, 100)]
+    [0.5, 1.0, 1.0, 0.5, 0.0]
+    """
+    total, end = _horizon(total_steps), check_multiplier("end", end)
+    if not (warmup_share >= 0 and cooldown_share >= 0 and warmup_share + cooldown_share <= 1):
+        raise ValueError(
+            "warmup_share and cooldown_share must be >= 0 and together at most 1, "
+            f"got {warmup_share} and {cooldown_share}"
+        )
+    start = _first_step(1 - cooldown_share, total)
+    fall = linear(total - start, end) if start < total else lambda step: end if step >= 0 else 1.0
+    return warmup(lambda step: fall(step - start), round(warmup_share * total))
+
+
+def off_in_cooldown(total_steps: int, cooldown_share: float = COOLDOWN) -> Schedule:
+    """1, and 0 during the last `cooldown_share` of the run: the weight decay that goes with a `wsd` learning rate.
+
+    Args:
+        total_steps: horizon in optimiser steps, >= 1.
+        cooldown_share: share of the run, in [0, 1].
+
+    Raises:
+        ValueError: an argument outside its range.
+
+    Source: arXiv 2601.09000 (weight decay off in the cooldown of WSD).
+
+    >>> [off_in_cooldown(100)(step) for step in (79, 80)]
+    [1.0, 0.0]
+    """
+    if not 0 <= cooldown_share <= 1:
+        raise ValueError(f"cooldown_share must be in [0, 1], got {cooldown_share}")
+    return step_decay(total_steps, milestones=(1 - cooldown_share,), factor=0.0)
+
+
+def lr_proportional(total_steps: int, lr_schedule: Schedule) -> Schedule:
+    """The learning rate over its peak, so that the shrink per step is lambda*lr**2/lr_max.
+
+    Args:
+        total_steps: horizon in optimiser steps, >= 1; the peak is looked for in it, the value stays at its end.
+        lr_schedule: the schedule of the learning rate, step -> multiplier.
+
+    Raises:
+        TypeError: `lr_schedule` cannot be called.
+        ValueError: an argument outside its range; a learning rate that is zero at every step.
+
+    Source: AdamC, Defazio 2025, arXiv 2506.02285: for layers followed by a normalisation, on which this decay keeps
+    the steady-state ratio of gradient to weight constant. (`decaycast.efolds` calls the convention "corrected".)
+
+    >>> lr_proportional(10, linear(10))(5)
+    0.5
+    """
+    total = _horizon(total_steps)
+    if not callable(lr_schedule):
+        raise TypeError(f"lr_schedule must be a function step -> multiplier, got {type(lr_schedule).__name__}")
+    peak = max(check_multiplier(f"lr_schedule({step})", lr_schedule(step)) for step in range(total))
+    if peak == 0:
+        raise ValueError("the learning rate is zero at every step, so it has no peak; give a positive lr_schedule")
+    return lambda step: lr_schedule(min(max(step, 0), total)) / peak
 
 
 def warmup(fn: Schedule, warmup_steps: int) -> Schedule:
@@ -103,7 +220,7 @@ def warmup(fn: Schedule, warmup_steps: int) -> Schedule:
     [0.25, 0.5, 1.0, 1.0]
     """
     ramp = whole("warmup_steps", warmup_steps, least=0)
-    return lambda step: fn(step) * (min(1.0, (step + 1) / ramp) if ramp else 1.0)
+    return lambda step: fn(step) * (min(1.0, (max(step, 0) + 1) / ramp) if ramp else 1.0)
 
 
 def join(pieces: Sequence[Schedule], boundaries: Sequence[int]) -> Schedule:
@@ -133,175 +250,65 @@ def join(pieces: Sequence[Schedule], boundaries: Sequence[int]) -> Schedule:
     return value
 
 
-_BY_NAME: Mapping[str, Callable[[int], Schedule]] = {
+_FOR_BOTH: Mapping[str, Callable[[int], Schedule]] = {
     "constant": lambda total_steps: constant(),
     "linear": linear,
     "cosine": cosine,
     "step_decay": step_decay,
+    "exponential": exponential,
+    "wsd": wsd,
 }
-NAMES: tuple[str, ...] = tuple(_BY_NAME)
+_FOR_WEIGHT_DECAY: Mapping[str, Callable[[int], Schedule]] = {
+    **_FOR_BOTH,
+    "off_in_cooldown": off_in_cooldown,
+    "linear_up": lambda total_steps: linear(total_steps, end=RISE),
+    "cosine_up": lambda total_steps: cosine(total_steps, end=RISE),
+    "inverse_time": inverse_time,
+}
+_FROM_LR: Mapping[str, Callable[[int, Schedule], Schedule]] = {"lr_proportional": lr_proportional}
+LR_NAMES: tuple[str, ...] = tuple(_FOR_BOTH)
+WEIGHT_DECAY_NAMES: tuple[str, ...] = (*_FOR_WEIGHT_DECAY, *_FROM_LR)
 
 
-def by_name(name: str, total_steps: int) -> Schedule:
-    """The schedule called `name` (one of `NAMES`) over `total_steps` optimiser steps, with its default shape.
-
-    Raises:
-        ValueError: unknown name (the nearest one is offered), or fewer than one step.
-    """
-    return _BY_NAME[choose(name, NAMES, "schedule")](_horizon(total_steps))
-
-
-class WeightDecayController(ABC):
-    """What every weight-decay scheduler here shares: it alone reads and writes ``group["weight_decay"]``.
-
-    Each group's weight decay at construction is its *initial* one, kept here and under ``"initial_weight_decay"`` in
-    the group (as torch keeps ``"initial_lr"``); where that key is present already, as after
-    `optimizer.load_state_dict`, it is believed. A subclass says in `_scaled` what becomes of an initial value; groups
-    at 0 are never asked and stay 0. Groups added later by `optimizer.add_param_group` join at the next `step`.
-    """
-
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise TypeError(f"{type(self).__name__} needs a torch optimizer, got {type(optimizer).__name__}")
-        self.optimizer = optimizer
-        self._initial = [_initial_of(index, group) for index, group in enumerate(optimizer.param_groups)]
-        self._last_wd: list[float] = []
-        self._written_to: list[dict[str, Any]] | None = None
-
-    def get_last_wd(self) -> list[float]:
-        """The weight decay last written to each group."""
-        return list(self._last_wd)
-
-    @abstractmethod
-    def _scaled(self, initial: float) -> float:
-        """The weight decay now due for a group whose initial one is `initial` > 0."""
-
-    def _write(self) -> None:
-        groups = self.optimizer.param_groups
-        added = range(len(self._initial), len(groups))
-        initial = self._initial + [_initial_of(index, groups[index]) for index in added]
-        self._check_count(initial)
-        self._initial = initial
-        self._last_wd = [self._scaled(value) if value else 0.0 for value in initial]
-        for group, first, value in zip(groups, initial, self._last_wd, strict=True):
-            group["initial_weight_decay"] = first
-            _set(group, value)
-        self._written_to = groups
-
-    def _stale(self) -> bool:
-        """Whether the groups were replaced (`optimizer.load_state_dict` does) or added to since the last write."""
-        groups = self.optimizer.param_groups
-        return groups is not self._written_to or len(groups) != len(self._last_wd)
-
-    def _restored_initial(self, state: Mapping[str, Any], expected: Iterable[str]) -> list[float]:
-        """The initial values of a saved state, checked before anything is changed."""
-        check_keys(state, expected, type(self).__name__)
-        saved = state["initial_weight_decay"]
-        initial = [_multiplier(f"saved initial_weight_decay[{index}]", value) for index, value in enumerate(saved)]
-        self._check_count(initial)
-        return initial
-
-    def _check_count(self, initial: Sequence[float]) -> None:
-        groups = self.optimizer.param_groups
-        if len(initial) != len(groups):
-            raise ValueError(
-                f"{type(self).__name__} holds {len(initial)} parameter groups but the optimizer has {len(groups)}; "
-                "build the optimizer with the same groups as when the state was saved"
-            )
-
-
-class WeightDecayScheduler(WeightDecayController):
-    """Multiply each group's initial weight decay by fn(step): weight_decay_t = initial * fn(t).
-
-    Call `step()` once after each `optimizer.step()`: steps are optimiser steps, so with gradient accumulation it is
-    called once per update, not per micro-batch. The learning rate is never touched. Note what decay means in your
-    optimiser: in SGD and AdamW the shrink per step is lr * weight_decay, so a falling learning rate already lowers it
-    once.
+def by_name(name: str, total_steps: int, lr_schedule: Schedule | None = None) -> Schedule:
+    """The weight-decay schedule called `name` over `total_steps` optimiser steps, with its default shape.
 
     Args:
-        optimizer: any torch optimiser whose groups have a ``"weight_decay"``, as a float or a tensor. A tensor is
-            filled in place. (torch 2.13: changing a float recompiles a compiled `optimizer.step` once; a tensor never
-            does.)
-        fn: 0-based step -> multiplier, finite and >= 0, e.g. `cosine(total_steps)`.
-        last_step: -1 starts afresh; n >= 0 goes on after step n and needs groups that hold ``"initial_weight_decay"``.
+        name: one of `WEIGHT_DECAY_NAMES`.
+        total_steps: horizon in optimiser steps, >= 1.
+        lr_schedule: the learning rate's schedule; needed by "lr_proportional", not looked at by the others.
 
     Raises:
-        TypeError: not a torch optimiser, or `fn` cannot be called.
-        ValueError: a group without (valid) weight decay; a multiplier that is negative or not finite.
+        ValueError: unknown name (the nearest one is offered), fewer than one step, or `lr_schedule` is missing.
 
-    >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1, weight_decay=0.01)
-    >>> scheduler = WeightDecayScheduler(optimizer, linear(10))
-    >>> for _ in range(5):
-    ...     optimizer.step()
-    ...     scheduler.step()
-    >>> scheduler.get_last_wd()
-    [0.005]
+    >>> by_name("cosine_up", 100)(100)
+    10.0
     """
-
-    def __init__(self, optimizer: torch.optim.Optimizer, fn: Schedule, last_step: int = -1) -> None:
-        if not callable(fn):
-            raise TypeError(f"fn must be a function step -> multiplier, got {type(fn).__name__}")
-        super().__init__(optimizer)
-        last_step = whole("last_step", last_step, least=-1)
-        if last_step >= 0 and not all("initial_weight_decay" in group for group in optimizer.param_groups):
-            raise ValueError(
-                f"last_step={last_step} goes on with an earlier run, but a group has no 'initial_weight_decay'; "
-                "load the optimizer's state first, or start with last_step=-1 and call load_state_dict"
-            )
-        self.fn = fn
-        self._move_to(last_step + 1)
-
-    def step(self) -> None:
-        """Go on to the next step's weight decay; call it once after each `optimizer.step()`."""
-        self._move_to(self.last_step + 1)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain numbers (JSON-able), without the optimiser and without `fn`, which the resumed run gives anew."""
-        return {"last_step": self.last_step, "initial_weight_decay": list(self._initial)}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore `state_dict` and write the restored step's weight decay; before or after the optimiser's own state.
-
-        Raises:
-            ValueError: the state does not belong here (keys, number of groups, numbers); nothing is changed then.
-        """
-        initial = self._restored_initial(state, self.state_dict())
-        last_step = whole("last_step", state["last_step"], least=0)
-        multiplier = self._multiplier_at(last_step)
-        self._initial, self.last_step, self._multiplier = initial, last_step, multiplier
-        self._write()
-
-    def _move_to(self, step: int) -> None:
-        self._multiplier, self.last_step = self._multiplier_at(step), step
-        self._write()
-
-    def _multiplier_at(self, step: int) -> float:
-        return _multiplier(f"fn({step})", self.fn(step))
-
-    def _scaled(self, initial: float) -> float:
-        return initial * self._multiplier
+    known = choose(name, WEIGHT_DECAY_NAMES, "schedule")
+    if known not in _FROM_LR:
+        return _FOR_WEIGHT_DECAY[known](_horizon(total_steps))
+    if lr_schedule is None:
+        raise ValueError(f"schedule {name!r} follows the learning rate; give its schedule as lr_schedule")
+    return _FROM_LR[known](_horizon(total_steps), lr_schedule)
 
 
-def check_keys(state: Mapping[str, Any], expected: Iterable[str], owner: str) -> None:
-    """Refuse a saved state that has not exactly the `expected` keys."""
-    missing, extra = sorted(set(expected) - set(state)), sorted(set(state) - set(expected))
-    if missing or extra:
-        raise ValueError(f"this is no state of {owner}: missing {missing}, unexpected {extra}")
+def lr_by_name(name: str, total_steps: int) -> Schedule:
+    """The learning-rate schedule called `name` (one of `LR_NAMES`) over `total_steps`, with its default shape.
+
+    Raises:
+        ValueError: unknown name (the nearest one is offered), a name that only weight decay has, or fewer than one step.
+    """
+    if name in WEIGHT_DECAY_NAMES and name not in LR_NAMES:
+        raise ValueError(
+            f"{name!r} is a schedule of the weight decay, not of the learning rate; use one of {', '.join(LR_NAMES)}"
+        )
+    return _FOR_BOTH[choose(name, LR_NAMES, "schedule")](_horizon(total_steps))
 
 
-def _initial_of(index: int, group: Mapping[str, Any]) -> float:
-    if "weight_decay" not in group:
-        raise ValueError(f"parameter group {index} has no 'weight_decay'; use an optimizer that decays weights")
-    value = group.get("initial_weight_decay", group["weight_decay"])
-    return _multiplier(f"weight_decay of parameter group {index}", value)
-
-
-def _set(group: dict[str, Any], value: float) -> None:
-    current = group["weight_decay"]
-    if isinstance(current, torch.Tensor):
-        current.fill_(value)  # compiled or captured steps hold this very tensor
-    else:
-        group["weight_decay"] = value
+def _first_step(share: float, total: int) -> int:
+    """The first step at or after `share` of the run."""
+    # share*total may exceed a whole number by one rounding error, which must not delay a drop by a step
+    return math.ceil(share * total - 1e-9 * total)
 
 
 def _progress(step: int, total: int) -> float:
@@ -320,7 +327,8 @@ def whole(name: str, value: Any, *, least: int) -> int:
     return int(value)
 
 
-def _multiplier(name: str, value: Any) -> float:
+def check_multiplier(name: str, value: Any) -> float:
+    """`value` as a float if it is a finite number >= 0 (tensors and numpy numbers pass), else a ValueError naming it."""
     number = value.item() if isinstance(value, (torch.Tensor, np.number)) else value
     if not isinstance(number, (int, float)) or not (math.isfinite(number) and number >= 0):
         raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")

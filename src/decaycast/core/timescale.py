@@ -162,13 +162,28 @@ def group_rate(optimizer: Any, group: dict[str, Any]) -> float:
         return 0.0
     if group_convention(optimizer, group) == "decoupled":
         return lr * weight_decay
-    momentum, dampening = float(group.get("momentum", 0.0)), float(group.get("dampening", 0.0))
-    # torch ignores dampening when there is no momentum buffer
-    dampening = dampening if momentum else 0.0
+    momentum, dampening = _heavy_ball(group)
     return float(shrink_rate(lr, weight_decay, momentum=momentum, dampening=dampening))
 
 
-_ALWAYS_DECOUPLED = {"AdamW", "Muon", "Lion", "AdamP"}
+def shrink_gain(optimizer: Any, group: dict[str, Any]) -> float:
+    """What lr*weight_decay is multiplied with to give the shrink per step of this group while that is slow.
+
+    1 for decoupled decay, (1-d)/(1-b) for SGD with momentum b and dampening d. Errors as `effective_rate`.
+    """
+    if group_convention(optimizer, group) == "decoupled":
+        return 1.0
+    momentum, dampening = _heavy_ball(group)
+    return (1.0 - dampening) / (1.0 - momentum)
+
+
+def _heavy_ball(group: dict[str, Any]) -> tuple[float, float]:
+    momentum = float(group.get("momentum", 0.0))
+    # torch ignores dampening when there is no momentum buffer
+    return momentum, float(group.get("dampening", 0.0)) if momentum else 0.0
+
+
+_ALWAYS_DECOUPLED = {"AdamW", "Muon", "Lion"}
 _ADAPTIVE = {"Adam", "NAdam", "RAdam", "Adamax", "Adagrad", "Adadelta", "RMSprop", "Rprop", "ASGD", "SparseAdam"}
 
 

@@ -209,8 +209,8 @@ def _require_importable(train: Train) -> None:
         pickle.dumps(train)
     except Exception as error:
         raise TypeError(
-            f"train must be a function at the top level of a module for worker processes to import it, got {train!r}; "
-            "move it there or use in_process"
+            "train must be a function at the top level of a module, or a functools.partial of one with arguments that "
+            f"can be pickled, for worker processes to import it, got {train!r}; move it there or use in_process"
         ) from error
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from decaycast.core.experiment import Row, Run, Scalar, jsonable
-from decaycast.core.schedule import by_name
+from decaycast.core.schedule import lr_by_name
 from decaycast.core.timescale import group_rate
 from decaycast.lab.execute import Execute, in_process, processes
 from decaycast.lab.probe import TrialProbe
@@ -112,7 +112,7 @@ def effective_rates(config: dict[str, Scalar], data_dir: str | None) -> np.ndarr
     group = trial.optimizer.param_groups[0]
     rate = group_rate(trial.optimizer, group) / float(group["weight_decay"])
     steps = int(trial.config["steps"])
-    schedule = by_name(str(trial.config["schedule"]), steps)
+    schedule = lr_by_name(str(trial.config["schedule"]), steps)
     return rate * np.array([schedule(step) for step in range(steps)])
 
 
@@ -126,7 +126,7 @@ def recipe(config: dict[str, Scalar], found: Forecast) -> str:
         lines.append(f"scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max={steps})")
     elif config["schedule"] != "constant":
         lines.insert(0, "import decaycast.core.schedule")
-        lines.append(f"multiplier = decaycast.core.schedule.by_name({config['schedule']!r}, {steps})")
+        lines.append(f"multiplier = decaycast.core.schedule.lr_by_name({config['schedule']!r}, {steps})")
         lines.append("scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, multiplier)")
     lines.append(
         f"# {found.efolds:.3g} e-folds over {steps} steps of batch size {config['batch_size']}; verdict: {found.verdict}"

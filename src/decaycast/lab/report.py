@@ -1,4 +1,4 @@
-"""The page: one HTML file that needs nothing else, for a forecast or for a figure. Nothing here trains.
+"""The page: one HTML file that needs nothing else, for a forecast, a figure or a list of figures. Nothing here trains.
 
 plotly.js is written into the file, and a content security policy in its head forbids every request, so that a page
 opened years later, offline or from a mail shows the same and tells nobody. All text is escaped by the template engine;
@@ -10,14 +10,17 @@ from __future__ import annotations
 import base64
 import math
 import os
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+import shlex
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from decaycast.core.experiment import Figure, Row, Scalar, Size
 from decaycast.lab import plots
+from decaycast.lab.figures import by_key
+from decaycast.lab.findings import Finding, assess
 from decaycast.lab.plots import Key, pretty
 
 try:
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
     from decaycast.methods.l2.forecast import Arm, Forecast
 
 TEMPLATE = "template.html"
+INDEX = "index.html"
 ICON = (
     '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32"><rect width="32" height="32" rx="7" fill="#21918c"/>'
     '<path d="M6 6C8 20 14 25 27 26" fill="none" stroke="#fff" stroke-width="3.5" stroke-linecap="round"/></svg>'
@@ -125,25 +129,84 @@ def write_figure_page(path: str | os.PathLike[str], figure: Figure, rows: Sequen
     Raises:
         ReportError: the file cannot be written.
     """
-    verdict = figure.judge(rows)
+    return write_finding_page(path, assess(figure, rows, size))
+
+
+def write_finding_page(path: str | os.PathLike[str], finding: Finding) -> Path:
+    """`write_figure_page` for a figure that is judged already; same result and errors."""
+    figure = finding.figure
     page = {
         "kind": "figure",
         "title": figure.title,
         "subtitle": figure.name,
         "claim": figure.claim,
         "source": figure.source,
-        "size": size,
-        "size_note": SIZE_NOTES[size],
-        "verdict": verdict,
-        "tone": OUTCOMES[verdict.outcome],
-        "numbers": {name: pretty(value, 4) for name, value in verdict.numbers.items()},
-        "plots": [plots.panel_plot(panel) for panel in figure.draw(rows)],
-        "done": sum(row.status == "done" for row in rows),
-        "planned": len(figure.runs(size)),
-        "failed": [row for row in rows if row.status == "failed"],
-        "provenance": _merged_provenance(rows),
+        "size": finding.size,
+        "size_note": SIZE_NOTES[finding.size],
+        "verdict": finding.verdict,
+        "tone": OUTCOMES[finding.verdict.outcome],
+        "numbers": {name: pretty(value, 4) for name, value in finding.verdict.numbers.items()},
+        "plots": [plots.panel_plot(panel) for panel in finding.panels],
+        "finding": finding,
+        "command": shlex.join(["decaycast", "lab", "run", figure.name, "--size", finding.size]),
+        "provenance": _merged_provenance(finding.rows),
     }
     return _write(path, page)
+
+
+def write_index_page(path: str | os.PathLike[str], findings: Sequence[Finding], size: Size) -> Path:
+    """Write the table of several figures: claim, verdict, size, and links to their pages beside it.
+
+    Args:
+        path: the HTML file to write, in the folder below which the pages lie; replaced in one step.
+        findings: what to list.
+        size: the size they were judged at.
+
+    Returns:
+        The path written.
+
+    Raises:
+        ReportError: the file cannot be written.
+    """
+    counts = Counter(finding.verdict.outcome for finding in findings)
+    page = {
+        "kind": "index",
+        "title": "Figures and verdicts",
+        "subtitle": f"{len(findings)} figures, size {size}",
+        "size": size,
+        "size_note": SIZE_NOTES[size],
+        "findings": findings,
+        "tones": OUTCOMES,
+        "counts": [(outcome, str(counts[outcome]), "") for outcome in OUTCOMES],
+    }
+    return _write(path, page)
+
+
+def write_report(
+    out: str | os.PathLike[str], figures: Sequence[Figure], rows: Iterable[Row], size: Size
+) -> list[Finding]:
+    """Write a page per figure, and an index of them, into a folder; never trains.
+
+    Args:
+        out: folder of the pages, made when missing; the page of "l2/name" is ``l2/name.html`` in it.
+        figures: what to show.
+        rows: from `Store.read`, `Store.rows_of` or `load_export`; rows that belong to none of them are passed over.
+        size: the size to show.
+
+    Returns:
+        What was found, figure by figure.
+
+    Raises:
+        ValueError: a figure's name is not fit to be a file name.
+        ReportError: a page cannot be written.
+    """
+    found = list(by_key(rows).values())
+    findings = [assess(figure, found, size) for figure in figures]
+    pages = [Path(out) / finding.page for finding in findings]  # all names are checked before anything is written
+    for page, finding in zip(pages, findings, strict=True):
+        write_finding_page(page, finding)
+    write_index_page(Path(out) / INDEX, findings, size)
+    return findings
 
 
 def _interval(forecast: Forecast) -> str:

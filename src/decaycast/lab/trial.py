@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as functional
 
+from decaycast.core.decay import WeightDecayScheduler
 from decaycast.core.experiment import Row, Run
 from decaycast.core.hook import Hook, StepContext
 from decaycast.core.measure import COLUMNS, evaluate, measuring_steps
 from decaycast.core.names import choose
-from decaycast.core.schedule import NAMES as SCHEDULES
-from decaycast.core.schedule import WeightDecayScheduler, by_name
+from decaycast.core.schedule import WEIGHT_DECAY_NAMES, by_name, lr_by_name
 from decaycast.core.train import DivergedError, train
 from decaycast.lab import data, models
 from decaycast.lab.provenance import provenance
@@ -36,11 +36,12 @@ DEFAULTS = {
     "steps": 1000,
     "stop": None,
     "batch_size": 128,
-    "rule": "constant",  # of the weight decay: a schedule by name, or autol2 starting at weight_decay
+    "rule": "constant",  # of the weight decay: a schedule by name, autol2 starting at weight_decay, or autol2-efolds
+    "budget_efolds": 1.3,  # of autol2-efolds, which sets the size of the weight decay by itself
     "points": 60,
 }
 OPTIMIZERS = ("sgd", "adamw")
-RULES = ("autol2", *SCHEDULES)
+RULES = ("autol2", "autol2-efolds", *WEIGHT_DECAY_NAMES)
 
 
 def make_optimizer(config: dict, parameters) -> torch.optim.Optimizer:
@@ -64,6 +65,8 @@ class Trial:
             choose(name, tuple(DEFAULTS), "run setting")
         self.config, self.run, self.device = config, run, device
         sizes = {key: config[key] for key in ("train_size", "validation_size", "test_size", "pool")}
+        if config["rule"] == "autol2-efolds":
+            config["weight_decay"] = config["weight_decay"] or 1.0  # any: only ratios between groups matter
         self.split = data.load(config["data"], data_dir=data_dir, **sizes)
         model = models.build(config["model"], self.split.shape, self.split.classes, seed=run.seed)
         self.model = model.to(device)
@@ -71,7 +74,7 @@ class Trial:
         self.hooks = [*hooks, *_rule_hooks(config, self.optimizer)]
         inputs, target = (part.to(device) for part in self.split.train)
         self.batches = data.batches(inputs, target, config["batch_size"], run.seed)
-        self.schedule = by_name(config["schedule"], config["steps"])
+        self.schedule = lr_by_name(config["schedule"], config["steps"])
         self.measure_at = measuring_steps(config["steps"], config["points"])
         self.step, self.efolds, self.rows = 0, 0.0, []
 
@@ -158,10 +161,12 @@ def train_run(
 
 
 class _DecaySchedule(Hook):
-    """A weight-decay schedule by name over the run's budget."""
+    """The weight-decay schedule that a run names as its rule, over the run's budget."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, name: str, steps: int) -> None:
-        self.scheduler = WeightDecayScheduler(optimizer, by_name(name, steps))
+    def __init__(self, optimizer: torch.optim.Optimizer, config: Mapping[str, Any]) -> None:
+        steps = config["steps"]
+        shape = by_name(config["rule"], steps, lr_schedule=lr_by_name(config["schedule"], steps))
+        self.scheduler = WeightDecayScheduler(optimizer, shape)
 
     def on_step(self, step: int, context: StepContext) -> None:
         if step > 0:  # the constructor has set the value of step 0
@@ -174,10 +179,18 @@ class _DecaySchedule(Hook):
         self.scheduler.load_state_dict(state)
 
 
+def _budgeted(config: dict) -> AutoL2Hook:
+    shape = lr_by_name(config["schedule"], config["steps"])
+    rate = [config["lr"] * shape(step) for step in range(config["steps"])]
+    return AutoL2Hook(clock="efolds", budget_efolds=config["budget_efolds"], steps=config["steps"], lr=rate)
+
+
 def _rule_hooks(config: dict, optimizer: torch.optim.Optimizer) -> list[Hook]:
     rule = choose(config["rule"], RULES, "weight decay rule")
     if rule == "constant":
         return []
     if rule == "autol2":
         return [AutoL2Hook(start=config["weight_decay"])]
-    return [_DecaySchedule(optimizer, rule, config["steps"])]
+    if rule == "autol2-efolds":
+        return [_budgeted(config)]
+    return [_DecaySchedule(optimizer, config)]

@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from decaycast.core.hook import StepContext
-from decaycast.methods.l2.autol2 import AutoL2, AutoL2Hook, AutoL2Rule, reference_units
+from decaycast.methods.l2.autol2 import AutoL2, AutoL2Hook, reference_units
+from decaycast.methods.l2.rule import AutoL2Rule
 
 Trace = list[tuple[int, float, float]]
 

@@ -93,7 +93,8 @@ def crossing(gap: np.ndarray, gamma: np.ndarray, decay: np.ndarray, k: np.ndarra
         start = gap[rows] * np.exp(-(_integrated(*case) + k[rows] * decay[rows] * t[rows]))
         return start + _memory(*case, lag=True) >= 0
 
-    low, high, last = np.zeros(gap.shape), 1.0 / (gamma + k * decay), _LATE / (k * decay)
+    with np.errstate(over="ignore"):  # a decay near the smallest float: as good as none
+        low, high, last = np.zeros(gap.shape), 1.0 / (gamma + k * decay), _LATE / (k * decay)
     pending, found = np.arange(gap.size), np.zeros(gap.shape, dtype=bool)
     while pending.size:  # double until the crossing is bracketed, or it is too late for one
         found[pending] = above(high, pending)
@@ -148,9 +149,12 @@ def product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def _array(values: Values, name: str) -> np.ndarray:
     try:
-        return np.asarray(values).astype(float)
+        array = np.asarray(values)
+        if array.dtype.kind == "c":  # of eigvals, say: numpy would drop the imaginary part
+            raise TypeError("complex")
+        return array.astype(float)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{name} has to be a number or an array of numbers, got {values!r:.80}") from error
+        raise ValueError(f"{name} has to be a real number or an array of them, got {values!r:.80}") from error
 
 
 def finite(values: Values, name: str) -> np.ndarray:
@@ -175,16 +179,17 @@ def checked_decay(values: Values) -> np.ndarray:
 
 
 def checked_degree(values: Values) -> np.ndarray:
-    """The homogeneity k, finite and >= 0."""
-    return at_least_zero(finite(values, "homogeneity"), "homogeneity")
+    """The degree of homogeneity k, finite and >= 0."""
+    name = "degree of homogeneity"
+    return at_least_zero(finite(values, name), name)
 
 
 def solvable(values: Values) -> np.ndarray:
-    """The homogeneity where a mode can be solved: 0, 1 or >= 2."""
+    """The degree of homogeneity where a mode can be solved: 0, 1 or >= 2."""
     k = checked_degree(values)
     between = (k < 2) & (k != 0) & (k != 1)
     if between.any():
-        raise ValueError(f"homogeneity has to be 0, 1 or at least 2, got {k[between].flat[0]:g}")
+        raise ValueError(f"degree of homogeneity has to be 0, 1 or at least 2, got {k[between].flat[0]:g}")
     return k
 
 

@@ -51,7 +51,7 @@ def kernel_eigenvalue(gamma: Values, weight_decay: Values, t: Values, homogeneit
         >>> float(kernel_eigenvalue(2.0, 0.1, 5.0, 2).round(6))  # 2/e
         0.735759
     """
-    return modes.checked_eigenvalues(gamma) * kernel_scale(t, weight_decay, homogeneity)
+    return modes.product(modes.checked_eigenvalues(gamma), kernel_scale(t, weight_decay, homogeneity))
 
 
 def kernel_scale(time: Values, weight_decay: Values, degree: Values) -> np.ndarray:
