@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from decaycast.core.experiment import Run, Scalar
-from decaycast.core.schedule import by_name
+from decaycast.core.schedule import lr_by_name
 
 SGD_DEFAULT, ADAMW_DEFAULT = 5e-4, 1e-2
 GRID_POINTS = 11
@@ -44,7 +44,7 @@ class Task:
 
     def learning_rates(self) -> np.ndarray:
         """Learning rate of every step."""
-        schedule = by_name(str(self.config["schedule"]), self.steps)
+        schedule = lr_by_name(str(self.config["schedule"]), self.steps)
         return np.array([float(self.config["lr"]) * schedule(step) for step in range(self.steps)])  # type: ignore[arg-type]
 
     def run(self, weight_decay: float, seed: int) -> Run:

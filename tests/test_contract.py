@@ -14,8 +14,8 @@ import pytest
 
 import decaycast.methods
 from decaycast.core.experiment import SIZES, Figure, Panel, Row, Run, Size, Trace, Verdict
+from decaycast.lab.figures import run_figure
 from decaycast.lab.store import Store
-from decaycast.lab.sweep import sweep
 
 ROOMS = [info.name for info in pkgutil.iter_modules(decaycast.methods.__path__, "decaycast.methods.")]
 MODULES = [
@@ -65,7 +65,7 @@ def figure_gaps(figure: Figure) -> list[str]:
 def smoke_gaps(figure: Figure, folder: Path) -> list[str]:
     """What goes wrong when the figure's smallest size is really trained, drawn and judged."""
     with Store(folder / "rows.sqlite") as store:
-        rows = sweep(figure.runs("smoke"), store)
+        rows = run_figure(figure, "smoke", store)
     gaps = [f"{row.run.key} failed: {row.reason}" for row in rows if row.status != "done"]
     if gaps:
         return gaps

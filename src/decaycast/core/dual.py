@@ -27,10 +27,9 @@ class Dual:
     normaliser: Callable[[Tensor], Tensor]  # nu: c = nu*nu'*K
     amplitude: Callable[[Tensor], Tensor]  # alpha: E[phi phi'] = alpha*alpha'*e(c)
     moments: Callable[[Tensor], tuple[Tensor, Tensor]]  # E[phi^2] and E[phidot^2]
-    step: Callable[
-        [Tensor, Tensor, Tensor, float], None
-    ]  # (-c, scratch, slope, tolerance): -c -> -e(c), slope <- e'(c)/unit
-    unit: float  # of the slope
+    # (minus_c, scratch, slope, tolerance), in place: minus_c from -c to -e(c), slope to e'(c)/unit
+    step: Callable[[Tensor, Tensor, Tensor, float], None]
+    unit: float
 
 
 def _relu_step(minus_c: Tensor, scratch: Tensor, slope: Tensor, tolerance: float) -> None:

@@ -100,7 +100,11 @@ def jsonable(value: Any) -> Any:
 
 
 class Figure(Protocol):
-    """A reproducible piece of evidence. Each room lists its figures in `FIGURES` of its `figures.py`."""
+    """A reproducible piece of evidence. Each room lists its figures in `FIGURES` of its `figures` module or package.
+
+    A figure may also have ``train(run, data) -> Row``: its own way to train a run, in place of the lab's usual one. `data` has
+    the parts `train`, `validation` and `test` (inputs, labels), `classes` and `shape`, as the run's config names them.
+    """
 
     name: str
     title: str

@@ -45,13 +45,16 @@ class Problem:
 
     @property
     def outputs(self) -> int:
+        """The number c of outputs per sample."""
         return math.prod(self.output_shape)
 
     def call(self, theta: dict[str, Tensor], x: Tensor) -> Tensor:
+        """The model's outputs with `theta` in place of the chosen parameters."""
         return functional_call(self.model, {**self.rest, **theta}, (x,))
 
     @classmethod
     def checked(cls, model: nn.Module, names: Iterable[str] | None, x1: Tensor, x2: Tensor | None) -> Problem:
+        """The problem, if there is a kernel to compute; ValueError says what is in the way."""
         _check_frozen_mode(model)
         chosen = _chosen(model, names)
         others = {**dict(model.named_parameters()), **dict(model.named_buffers())}
@@ -63,7 +66,7 @@ class Problem:
         return replace(problem, output_shape=_output_shape(problem))
 
 
-def plain_attention() -> AbstractContextManager[None]:
+def plain_attention() -> AbstractContextManager[Any]:
     """Attention by its definition: the fused kernels have no batching rule and no second derivative."""
     return sdpa_kernel(SDPBackend.MATH)
 
@@ -122,7 +125,10 @@ def _output_shape(problem: Problem) -> tuple[int, ...]:
     if not torch.isfinite(pair).all():
         raise ValueError("the model's outputs are not finite; look at its weights")
     if not torch.allclose(pair[:1], alone, rtol=_rounding(pair), atol=_rounding(pair) * float(alone.abs().max())):
-        raise ValueError("an output depends on the other samples of the batch, so there is no kernel between samples")
+        raise ValueError(
+            "the output of a sample depends on the other samples of the batch, or on chance, so there is no kernel between "
+            "samples; model.eval() may help"
+        )
     return tuple(pair.shape[1:])
 
 
@@ -173,6 +179,7 @@ class Structured:
         return sum(m.in_features + outputs * m.out_features for m in (layer.module for layer in self.layers))
 
     def features(self, x: Tensor, outputs: slice) -> list[tuple[Tensor, Tensor]]:
+        """Per layer, inputs u of shape (b, in) and signals delta of shape (b, c, out)."""
         with torch.enable_grad(), _Tap(self.layers) as tap:
             theta = {name: value.detach().requires_grad_() for name, value in self.problem.chosen.items()}
             out = self.problem.call(theta, x).reshape(len(x), -1)
@@ -189,6 +196,7 @@ class Structured:
         return list(zip(tap.before, signals, strict=True))
 
     def contract(self, one: Any, other: Any, mode: str, out: Tensor) -> None:
+        """Add the kernel of two blocks to `out`."""
         for layer, (u, delta), (v, epsilon) in zip(self.layers, one, other, strict=True):
             gram = u @ v.T if layer.weight else u.new_zeros(len(u), len(v))
             if layer.bias:
@@ -253,6 +261,7 @@ class _Tap:
 
 
 def find_route(problem: Problem) -> Route:
+    """The fastest route the problem has."""
     layers = _linear_layers(problem)
     if isinstance(layers, str):
         return _unstructured(problem, layers)
@@ -308,6 +317,8 @@ class Generic:
         return outputs * sum(value.numel() for value in self.problem.chosen.values())
 
     def features(self, x: Tensor, outputs: slice) -> list[Tensor]:
+        """Per chosen tensor, its Jacobian of shape (b, c, numbers)."""
+
         def one(theta: dict[str, Tensor], sample: Tensor) -> Tensor:
             return self.problem.call(theta, sample[None]).reshape(-1)[outputs]
 
@@ -316,6 +327,7 @@ class Generic:
         return [value.detach().flatten(2) for value in jacobian.values()]
 
     def contract(self, one: Any, other: Any, mode: str, out: Tensor) -> None:
+        """Add the kernel of two blocks to `out`."""
         for left, right in zip(one, other, strict=True):
             if mode == "full":
                 flat = out.view(len(left) * left.shape[1], -1)
@@ -330,6 +342,7 @@ class Loop(Generic):
     """The same Jacobians, by one backward pass per sample and output."""
 
     def features(self, x: Tensor, outputs: slice) -> list[Tensor]:
+        """As in `Generic`."""
         picked = range(self.problem.outputs)[outputs]
         with torch.enable_grad():
             theta = {name: value.detach().requires_grad_() for name, value in self.problem.chosen.items()}

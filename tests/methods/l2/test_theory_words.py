@@ -83,4 +83,4 @@ def test_the_page_prints_what_it_says():
         exec(compile(block, "block", "exec"), {})
     assert printed.getvalue() == output
     peaks = theory.time_of_peak(**{**CASE, "weight_decay": [0.1, 0.01, 0.001]}, initial=0.3) * [0.1, 0.01, 0.001]
-    assert "({:.3f}, {:.3f}, {:.3f} for".format(*peaks) in page
+    assert "({:.3f}, {:.3f}, {:.3f} for".format(*peaks) in " ".join(page.split())

@@ -216,6 +216,7 @@ def test_the_claim_holds_when_wide_networks_are_near_and_the_trend_falls():
     assert verdict.numbers["outputs_error_2048"] == pytest.approx(0.0075)
     assert verdict.numbers["kernel_slope"] == pytest.approx(-1.0)
     assert verdict.numbers["kernel_error_from_step_size_512"] == pytest.approx(0.01)
+    assert verdict.numbers["outputs_error_512_decay_0.02_lr_0.025"] == 0.5
     assert "kernel: 1.50% at width 2,048, slope against width -1.00" in verdict.reason
 
 

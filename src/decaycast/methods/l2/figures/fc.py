@@ -57,10 +57,15 @@ def train_fc(run: Run, data: Any) -> Row:
             batch, targets = next(batches)
             scores = step(layers, batch, targets, lr=lr, shrink=1.0 - lr * decay)
             if made in measure_at:
-                seen = _loss_accuracy(scores, targets.argmax(1))
-                if not math.isfinite(seen[0]):
-                    return _row(run, rows, began, failed=f"the training loss is {seen[0]} at step {made}")
-                values = (made, made * lr * decay, lr, decay, *seen, *evaluate(layers, *validation))
+                seen = (*_loss_accuracy(scores, targets.argmax(1)), *evaluate(layers, *validation))
+                if not math.isfinite(seen[0] + seen[2]):
+                    return _row(
+                        run,
+                        rows,
+                        began,
+                        failed=f"a loss is not finite at step {made}: training {seen[0]}, validation {seen[2]}",
+                    )
+                values = (made, made * lr * decay, lr, decay, *seen)
                 rows.append(dict(zip(COLUMNS, map(float, values), strict=True)))
         loss, accuracy = evaluate(layers, *_on_device(data.test))
     return _row(run, rows, began, final={"test_loss": loss, "test_accuracy": accuracy})
@@ -138,7 +143,7 @@ def _hidden(layers: Layers, inputs: torch.Tensor) -> list[torch.Tensor]:
 
 
 def _loss_accuracy(scores: torch.Tensor, labels: torch.Tensor) -> tuple[float, float]:
-    return functional.cross_entropy(scores, labels).item(), (scores.argmax(1) == labels).float().mean().item()
+    return functional.cross_entropy(scores, labels).item(), (scores.argmax(1) == labels).sum().item() / len(labels)
 
 
 def _on_device(part: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -18,12 +18,15 @@ from decaycast.methods.l2.figures.shared import (
     PAPER,
     Ladder,
     best_accuracy,
+    best_table,
     common_seeds,
     group,
     interval,
+    leader,
     mean_trace,
     points,
     rates,
+    tuned,
 )
 
 FITS = 0.95  # training accuracy from which on a network is said to fit its data
@@ -103,16 +106,15 @@ class Narrow:
     def judge(self, rows: Sequence[Row]) -> Verdict:
         """Held when the network never fits and the smallest decay loses against the best, with a 95 % interval above 0.
 
-        The best decay is that of the largest mean over seeds, which flatters it a little; in each seed, the loss is its best
-        accuracy minus that at the smallest decay.
+        In each seed, the loss is the best accuracy at the decay that leads on the other seeds, minus that at the smallest.
         """
         groups = group(rows, "weight_decay")
         ladder = {decay: of_seed for decay, of_seed in groups.items() if decay > 0}
         seeds = common_seeds(ladder.values())
         if len(ladder) < 3 or len(seeds) < 2:
             return Verdict(outcome="not enough data", reason=f"needs three weight decays, with {SEEDS} seeds each")
-        means = {decay: float(np.mean([best_accuracy(of_seed[s]) for s in seeds])) for decay, of_seed in ladder.items()}
-        best, smallest = max(means, key=lambda decay: means[decay]), min(ladder)
+        table = best_table(ladder, seeds)
+        best, smallest = leader(table), min(ladder)
         fitted = max(final_fit(row) for of_seed in groups.values() for row in of_seed.values())
         numbers = {"best": best, "training accuracy": fitted}
         fit = f"training accuracy ends at {fitted:.2f} at most"
@@ -123,13 +125,12 @@ class Narrow:
             return Verdict(
                 outcome="not held" if len(seeds) >= SEEDS else "not enough data", reason=reason, numbers=numbers
             )
-        loss = interval([best_accuracy(ladder[best][s]) - best_accuracy(ladder[smallest][s]) for s in seeds])
+        loss = interval([top - table[smallest][s] for top, s in zip(tuned(table, seeds), seeds, strict=True)])
         numbers |= loss.numbers("loss")
         reason = f"{fit}; best at λ = {best:.2g}, {points(loss)} points above the smallest, {smallest:.2g} ({len(seeds)} seeds)"
         zero = groups.get(0.0, {})
-        paired = common_seeds([zero, ladder[best]])
-        if len(paired) > 1:
-            gap = interval([best_accuracy(ladder[best][s]) - best_accuracy(zero[s]) for s in paired])
+        if set(seeds) <= set(zero):
+            gap = interval([top - best_accuracy(zero[s]) for top, s in zip(tuned(table, seeds), seeds, strict=True)])
             numbers |= gap.numbers("gap to zero")
             reason += f", {points(gap)} above none"
         enough = len(seeds) >= SEEDS

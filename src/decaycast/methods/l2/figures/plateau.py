@@ -26,6 +26,7 @@ from decaycast.methods.l2.figures.shared import (
     interval,
     mean_trace,
     points,
+    setup,
 )
 
 FLAT = 0.01  # of accuracy: what counts as hardly any change from end to end of the plateau
@@ -62,7 +63,8 @@ class Plateau:
         if not by_lr:
             return []
         lr = _main_lr(by_lr)
-        return [ladder_panel(by_lr), _curve_panel(by_lr[lr], "efolds", lr), _curve_panel(by_lr[lr], "step", lr)]
+        panels = [ladder_panel(by_lr), _curve_panel(by_lr[lr], "efolds", lr), _curve_panel(by_lr[lr], "step", lr)]
+        return [panel for panel in panels if panel.traces]
 
     def judge(self, rows: Sequence[Row]) -> Verdict:
         """Held when the 95 % interval of the change along the plateau lies within one point; five seeds at least.
@@ -189,6 +191,7 @@ def _main_ladder(rows: Sequence[Row], *, zero: bool = False) -> Groups:
 def ladder_panel(by_lr: Mapping[float, Mapping[float, Mapping[int, Row]]]) -> Panel:
     """Best accuracy against the weight decay: a line per learning rate, level lines without decay."""
     traces, zeros = [], []
+    rows = [row for groups in by_lr.values() for of_seed in groups.values() for row in of_seed.values()]
     for lr, groups in by_lr.items():
         decays = [decay for decay in groups if decay > 0]
         values = [[best_accuracy(row) for row in groups[decay].values()] for decay in decays]
@@ -204,7 +207,8 @@ def ladder_panel(by_lr: Mapping[float, Mapping[float, Mapping[int, Row]]]) -> Pa
         y_label="best validation accuracy",
         traces=traces + [trace for trace in zeros if trace],
         x_log=True,
-        caption="Mean over seeds, band: one standard error. Without decay (level line) the runs are as long as the longest here.",
+        caption="Mean over seeds, band: one standard error. Without decay (level line) the runs are as long as the longest "
+        f"here. {setup(rows)}",
     )
 
 

@@ -12,14 +12,18 @@ from decaycast.methods.l2.figures.constants import CONSTANT, Grid
 from decaycast.methods.l2.figures.shared import (
     PAPER,
     best_accuracy,
+    best_table,
     common_seeds,
     group,
     interval,
+    leader,
     mean_trace,
     number,
     points,
     rate_of,
+    setup,
     time_to_best,
+    tuned,
 )
 
 SHARES = (1 / 8, 1 / 4, 1 / 2, 1.0)  # of the longest budget
@@ -59,8 +63,7 @@ class Prediction:
         """Held when at every budget the interval of the shortfall against the tuned constant ends below one point.
 
         It is not held when at some budget the whole interval lies above. The predicted accuracy is read between the grid's
-        decays, linearly in log lambda; c is the mean over seeds; the tuned constant has the largest mean over the same seeds
-        that it is shown on, which flatters it.
+        decays, linearly in log lambda; c is the mean over seeds; the tuned constant is, for each seed, chosen on the others.
         """
         groups = group(rows, "weight_decay")
         seeds = common_seeds(groups.values())
@@ -68,17 +71,17 @@ class Prediction:
             return Verdict(outcome="not enough data", reason=f"needs three weight decays, with {SEEDS} seeds each")
         constant, numbers, words, shortfalls = measured_constant(groups, seeds), {}, [], []
         for budget in budgets(groups):
-            predicted, tuned = constant / budget, tuned_decay(groups, seeds, budget)
-            lost = interval(
-                [best_accuracy(groups[tuned][s], budget) - between(groups, s, budget, predicted) for s in seeds]
-            )
+            predicted, table = constant / budget, best_table(groups, seeds, budget)
+            best = leader(table)
+            tops = zip(tuned(table, seeds), seeds, strict=True)
+            lost = interval([top - between(groups, s, budget, predicted) for top, s in tops])
             shortfalls.append(lost)
             numbers |= {
                 f"predicted at {budget:.0f}": predicted,
-                f"tuned at {budget:.0f}": tuned,
+                f"tuned at {budget:.0f}": best,
                 f"lost at {budget:.0f}": lost.mean,
             }
-            words.append(f"T = {budget:,.0f}: predicted {predicted:.2g}, tuned {tuned:.2g}, {points(lost)} points lost")
+            words.append(f"T = {budget:,.0f}: predicted {predicted:.2g}, tuned {best:.2g}, {points(lost)} points lost")
         close, far = all(lost.high <= CLOSE for lost in shortfalls), any(lost.low > CLOSE for lost in shortfalls)
         outcome = "held" if close else "not held" if far else "not enough data"
         any_row = next(iter(groups[max(groups)].values()))
@@ -106,11 +109,6 @@ def budgets(groups: Groups) -> list[float]:
     return [share * steps for share in SHARES]
 
 
-def tuned_decay(groups: Groups, seeds: Sequence[int], budget: float) -> float:
-    """The constant of the grid, zero included, with the largest mean of the best accuracy within the budget."""
-    return max(groups, key=lambda decay: float(np.mean([best_accuracy(groups[decay][s], budget) for s in seeds])))
-
-
 def between(groups: Groups, seed: int, budget: float, weight_decay: float) -> float:
     """Best accuracy within the budget at a decay between those of the grid: linear in its logarithm, level outside."""
     decays = [decay for decay in groups if decay > 0]
@@ -125,8 +123,8 @@ def _positive(groups: Groups) -> int:
 def _accuracy_panel(groups: Groups, seeds: Sequence[int]) -> Panel:
     steps, constant = budgets(groups), measured_constant(groups, seeds)
     predicted = [[between(groups, s, budget, constant / budget) for s in seeds] for budget in steps]
-    tuned = [[best_accuracy(groups[tuned_decay(groups, seeds, budget)][s], budget) for s in seeds] for budget in steps]
-    traces = [mean_trace("predicted λ = c/T", steps, predicted), mean_trace("tuned constant", steps, tuned)]
+    tops = [tuned(best_table(groups, seeds, budget), seeds) for budget in steps]
+    traces = [mean_trace("predicted λ = c/T", steps, predicted), mean_trace("tuned constant", steps, tops)]
     if 0.0 in groups:
         none = [[best_accuracy(groups[0.0][s], budget) for s in seeds] for budget in steps]
         traces.append(mean_trace("λ = 0", steps, none))
@@ -137,14 +135,14 @@ def _accuracy_panel(groups: Groups, seeds: Sequence[int]) -> Panel:
         traces=traces,
         x_log=True,
         caption="Mean over seeds, band: one standard error. The predicted accuracy is read between the grid's weight decays, "
-        "linearly in log λ; the tuned constant is the best of the grid on these seeds.",
+        "linearly in log λ; the tuned constant is, for each seed, the best of the grid on the other seeds.",
     )
 
 
 def _decay_panel(groups: Groups, seeds: Sequence[int]) -> Panel:
     steps, constant = budgets(groups), measured_constant(groups, seeds)
-    tuned = [tuned_decay(groups, seeds, budget) for budget in steps]
-    shown = [(budget, decay) for budget, decay in zip(steps, tuned, strict=True) if decay > 0]
+    best = [leader(best_table(groups, seeds, budget)) for budget in steps]
+    shown = [(budget, decay) for budget, decay in zip(steps, best, strict=True) if decay > 0]
     return Panel(
         title="Weight decay against the budget",
         x_label="budget T, optimiser steps",
@@ -171,5 +169,5 @@ def _grid_panel(groups: Groups, seeds: Sequence[int]) -> Panel:
         y_label="best validation accuracy within T steps",
         traces=traces,
         x_log=True,
-        caption="Mean over seeds, band: one standard error.",
+        caption=f"Mean over seeds, band: one standard error. {setup([groups[decays[0]][seeds[0]]])}",
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -20,7 +21,7 @@ from decaycast.core.schedule import lr_by_name
 Outcome = Literal["held", "not held", "not enough data"]
 PAPER = "Lewkowycz & Gur-Ari 2020"
 TOLERANCE = 0.005  # the paper's: time to come within half a percent of the best accuracy
-# 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom
+# 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom; beyond 15 the last is used, a little too wide
 _T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 
 
@@ -79,6 +80,7 @@ def decay_of(config: Mapping[str, Scalar], lr: float, rate: float) -> float:
     return float(f"{rate * (1 - float(config.get('momentum') or 0)) / lr:.6g}")
 
 
+@lru_cache
 def mean_multiplier(schedule: str) -> float:
     """Mean of a learning-rate schedule over a long run."""
     shape = lr_by_name(schedule, 10_000)
@@ -137,7 +139,33 @@ def best_accuracy(row: Row, budget_steps: float = math.inf) -> float:
 def time_to_best(row: Row) -> float:
     """Optimiser steps until validation accuracy first comes within `TOLERANCE` of the run's best."""
     seen = accuracies(row)
-    return float(np.array(row.curve["step"])[np.argmax(seen >= seen.max() - TOLERANCE)])
+    near = seen.max() - TOLERANCE - 1e-6  # an accuracy is a count over a count: rounding must not decide a tie
+    return float(np.array(row.curve["step"])[np.argmax(seen >= near)])
+
+
+Table = Mapping[float, Mapping[int, float]]  # a number by weight decay, then by seed
+
+
+def best_table(
+    groups: Mapping[float, Mapping[int, Row]], seeds: Iterable[int], budget_steps: float = math.inf
+) -> Table:
+    """Best accuracy of every run within a budget."""
+    chosen = list(seeds)
+    return {decay: {s: best_accuracy(groups[decay][s], budget_steps) for s in chosen} for decay in groups}
+
+
+def leader(table: Table, without: int | None = None) -> float:
+    """The weight decay with the largest mean; `without` a seed, so that what is shown on it was chosen on the others.
+
+    >>> leader({0.1: {0: 0.9, 1: 0.5}, 0.2: {0: 0.6, 1: 0.7}}), leader({0.1: {0: 0.9, 1: 0.5}, 0.2: {0: 0.6, 1: 0.7}}, without=0)
+    (0.1, 0.2)
+    """
+    return max(table, key=lambda decay: float(np.mean([value for s, value in table[decay].items() if s != without])))
+
+
+def tuned(table: Table, seeds: Iterable[int]) -> list[float]:
+    """For each seed its best accuracy at the weight decay that leads on the other seeds: tuning that does not flatter itself."""
+    return [table[leader(table, without=s)][s] for s in seeds]
 
 
 def interval(values: Sequence[float]) -> Interval:
@@ -150,6 +178,22 @@ def interval(values: Sequence[float]) -> Interval:
     mean, stderr = float(np.mean(values)), float(np.std(values, ddof=1) / math.sqrt(len(values)))
     quantile = _T975[min(len(values) - 1, len(_T975)) - 1]
     return Interval(mean=mean, low=mean - quantile * stderr, high=mean + quantile * stderr, stderr=stderr)
+
+
+def setup(rows: Sequence[Row]) -> str:
+    """A caption's sentence on the network and its data, from the first row's config; nothing of no rows."""
+    if not rows:
+        return ""
+    config = rows[0].run.config
+    images = f"{config['train_size']:,} {config['data']} images" if config.get("train_size") else config.get("data", "")
+    words = f"{config.get('model', 'a network')} on {images}".strip()
+    pool, gain = number(rows[0], "pool"), number(rows[0], "init_gain")
+    words += f", pooled by {pool:.0f}" if pool > 1 else ""
+    words += f", momentum {config['momentum']}" if config.get("momentum") else ""
+    words += f", {config['schedule']} learning rate".replace("_", " ") if config.get("schedule") else ""
+    if gain > 1:
+        words += f"; its weights start at {gain:g} times the usual scale, so that it learns more than the first fit from the decay"
+    return f"{words[0].upper()}{words[1:]}."
 
 
 def mean_trace(name: str, x: Sequence[float], values: Sequence[Sequence[float]]) -> Trace:

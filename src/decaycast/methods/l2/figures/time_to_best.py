@@ -18,6 +18,7 @@ from decaycast.methods.l2.figures.shared import (
     group,
     interval,
     number,
+    setup,
     time_to_best,
 )
 
@@ -47,7 +48,7 @@ class TimeToBest:
         return [_law_panel(groups), _collapse_panel(groups), *_curve_panels(groups)] if groups else []
 
     def judge(self, rows: Sequence[Row]) -> Verdict:
-        """Held when -1 lies in the slope's 95 % interval and that is narrower than 0.15.
+        """Held when -1 lies in the slope's 95 % interval and that is narrower than 0.15; if it is wider, data are too few.
 
         In each seed, log t* is fitted by one slope on log lambda with an intercept per learning rate; the interval is
         Student's over the seeds' slopes.
@@ -71,12 +72,13 @@ class TimeToBest:
             words.append(
                 f"{own.mean:.2f} ({own.low:.2f} to {own.high:.2f}) at lr {lr:g}, where t* is {efolds:.2f} e-folds"
             )
-        held = pooled.low <= -1 <= pooled.high and pooled.high - pooled.low < WIDEST
+        inside, narrow = pooled.low <= -1 <= pooled.high, pooled.high - pooled.low < WIDEST
         reason = (
             f"log-log slope {pooled.mean:.3f}, 95 % interval {pooled.low:.3f} to {pooled.high:.3f} over {len(seeds)} seeds; "
             f"the claim says -1 in an interval narrower than {WIDEST:g}. Alone: {'; '.join(words)}"
         )
-        return Verdict(outcome="held" if held else "not held", reason=reason, numbers=numbers)
+        outcome = "not held" if not inside else "held" if narrow else "not enough data"
+        return Verdict(outcome=outcome, reason=reason, numbers=numbers)
 
 
 def common_slope(groups: Groups, seed: int) -> float:
@@ -115,7 +117,7 @@ def _geometric(name: str, x: Sequence[float], values: Sequence[Sequence[float]])
 
 
 def _law_panel(groups: Groups) -> Panel:
-    traces = []
+    traces, rows = [], [row for of_seed in groups.values() for row in of_seed.values()]
     for lr in sorted({key[0] for key in groups}, reverse=True):
         decays = [decay for own, decay in groups if own == lr]
         times = [[time_to_best(row) for row in groups[lr, decay].values()] for decay in decays]
@@ -131,7 +133,7 @@ def _law_panel(groups: Groups) -> Panel:
         x_log=True,
         y_log=True,
         caption=f"Steps until validation accuracy comes within {TOLERANCE:.1%} of the run's best. Geometric mean over seeds, "
-        "band: their range. The lines without markers have slope -1.",
+        f"band: their range. The lines without markers have slope -1. {setup(rows)}",
     )
 
 

@@ -134,7 +134,7 @@ class WideNetwork:
             numbers |= {f"{name}_slope": slope, f"{name}_slope_low": low, f"{name}_slope_high": high}
             listed = ", ".join(f"{value:.2%} at width {width:,}" for width, value in means.items())
             words.append(f"{name}: {listed}, slope against width {slope:.2f} ({low:.2f} to {high:.2f})")
-        numbers |= _step_cost(groups)
+        numbers |= _step_cost(groups) | _less_decay(groups)
         return Verdict(outcome="held" if held else "not held", reason="; ".join(words), numbers=numbers)
 
 
@@ -193,6 +193,17 @@ def _step_cost(groups: dict[Setting, ByWidth]) -> dict[str, float]:
         for name in ERRORS
     }
     return {f"{name}_error_from_step_size_{width}": value for name, value in change.items()}
+
+
+def _less_decay(groups: dict[Setting, ByWidth]) -> dict[str, float]:
+    """Errors at smaller decays than the judged one, each at its widest width."""
+    found = {}
+    for (decay, lr), by_width in groups.items():
+        if decay < max(groups)[0]:
+            width = max(by_width)
+            mean = {name: _mean(row.final[name] for row in by_width[width]) for name in ERRORS}
+            found |= {f"{name}_error_{width}_decay_{decay:g}_lr_{lr:g}": value for name, value in mean.items()}
+    return found
 
 
 def _column(row: Row, name: str) -> list[float]:
