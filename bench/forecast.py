@@ -146,8 +146,12 @@ def load_truth() -> dict[str, Truth]:
 
 
 def live_forecast(run: Run) -> Row:
-    """One forecast on one task, packed as a row so that the sweep machinery keeps and resumes it."""
-    task = next(task for task in tasks() if task.name == run.config["task"])
+    """One forecast on one task of the truth, as a row."""
+    return forecast_row(run, next(task for task in tasks() if task.name == run.config["task"]))
+
+
+def forecast_row(run: Run, task: Task) -> Row:
+    """One forecast on `task`, packed as a row so that the sweep machinery keeps and resumes it."""
     metric = f"validation_{run.config['metric']}"
     found = dc.forecast(
         TrialProbe(task.config, seed=run.seed, metric=metric),

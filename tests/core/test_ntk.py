@@ -171,9 +171,9 @@ def test_every_route_is_the_product_of_gradients(name: str):
 
 
 @pytest.mark.parametrize("name", ["mlp", "conv", "tied"])
-@pytest.mark.parametrize("memory", [1, 3_000, 20_000])
+@pytest.mark.parametrize("memory", [3_000, 30_000])
 def test_a_small_memory_only_makes_more_blocks(name: str, memory: int):
-    model, x1, x2, route, _ = case(name, 40, 18)
+    model, x1, x2, route, _ = case(name, 18, 5)  # eighteen samples: several blocks even with all the memory
     for other in (None, x2):
         for mode in MODES:
             whole = empirical_ntk(model, x1, other, mode=mode, route=route, memory_bytes=2**30)
@@ -193,7 +193,7 @@ def test_only_the_chosen_parameters_count(name: str):
         assert torch.allclose(empirical_ntk(model, x1, x2, parameters=names), want, rtol=1e-10, atol=1e-12)
         generic = empirical_ntk(model, x1, x2, parameters=names, route="generic", mode="trace")
         assert torch.allclose(generic, as_mode(want, "trace"), rtol=1e-10, atol=1e-12)
-    list(model.parameters())[0].requires_grad_(False)
+    next(model.parameters()).requires_grad_(False)
     want = by_hand(model, x1, x2, every[1:])
     assert torch.allclose(empirical_ntk(model, x1, x2), want, rtol=1e-10, atol=1e-12)
 

@@ -75,6 +75,12 @@ def test_an_optimum_at_the_end_is_not_held(best: float):
     assert BUDGET.judge(rows(fixed(best))).outcome == "not held"
 
 
+def test_an_optimum_at_the_largest_of_a_budget_is_not_held_though_it_follows_the_law():
+    verdict = BUDGET.judge(rows(inverse(max(GRID.decays()) * 500), noise=1e-4))
+    assert verdict.numbers["slope_low"] <= -1 <= verdict.numbers["slope_high"]
+    assert verdict.numbers["best at 500"] == max(GRID.decays()) and verdict.outcome == "not held"
+
+
 def test_a_parabola_has_its_vertex_where_it_is():
     groups = group(rows(fixed(0.0123), noise=0.0), "weight_decay")
     assert optimum(groups, 2, STEPS) == pytest.approx(0.0123, rel=1e-6)
@@ -119,7 +125,9 @@ def test_a_forecast_that_misses_is_not_held():
 
 
 def test_noise_alone_decides_nothing():
-    assert FORECAST.judge(rows(inverse(20.0, fall=0.005), noise=0.02)).outcome == "not enough data"
+    verdict = FORECAST.judge(rows(inverse(20.0, fall=0.005), noise=0.005))
+    lost = [value for name, value in verdict.numbers.items() if name.startswith("lost at")]
+    assert len(lost) == 4 and max(lost) < 0.01 and verdict.outcome == "not enough data"
 
 
 def test_the_constant_is_that_of_the_short_run():

@@ -184,6 +184,10 @@ def test_tuning_does_not_flatter_itself():
 def test_captions_name_the_setup():
     config = {"model": "mlp-64x3", "data": "mnist", "train_size": 1512, "pool": 2, "init_gain": 2.0, "momentum": 0.9}
     words = shared.setup([Row(run=Run(config={**config, "schedule": "step_decay"}))])
-    assert words.startswith("Mlp-64x3 on 1,512 mnist images, pooled by 2, momentum 0.9, step decay learning rate; its weights")
+    assert words.startswith(
+        "Network: mlp-64x3 on 1,512 mnist images, pooled by 2, momentum 0.9, step decay learning rate. Its"
+    )
     assert "2 times the usual scale" in words and shared.setup([]) == ""
-    assert shared.setup([Row(run=Run(config={"model": "cnn-300", "data": "cifar10"}))]) == "Cnn-300 on cifar10."
+    assert (
+        shared.setup([Row(run=Run(config={"model": "cnn-300", "data": "cifar10"}))]) == "Network: cnn-300 on cifar10."
+    )

@@ -85,7 +85,7 @@ class Plateau:
         reason = (
             f"over {decades:.1f} decades up to λ = {max(plateau):.2g} the best accuracy changes by {points(change)} points with "
             f"rising λ, its means differ by {100 * spread:.2f} points ({len(seeds)} seeds, standard error "
-            f"{100 * change.stderr:.2f}); flat is within {100 * FLAT:.0f}"
+            f"{100 * change.stderr:.2f}); flat is within {100 * FLAT:.0f} point"
         )
         return Verdict(outcome=_flatness(change, len(seeds)), reason=reason, numbers=numbers)
 
@@ -107,7 +107,7 @@ class ZeroDecay(Plateau):
     )
 
     def runs(self, size: Size) -> list[Run]:
-        """The lower half of the ladder and no decay, both at the first learning rate."""
+        """The ladder and no decay, both at the first learning rate."""
         ladder = self.ladders[size]
         return [*ladder.without_decay(ladder.lrs[0]), *ladder.runs(ladder.lrs[:1])]
 
@@ -152,7 +152,7 @@ def lower_half(ladder: Groups) -> Groups:
     """The decays up to the middle of the ladder on a logarithmic axis, with what is there of them."""
     if not ladder:
         return {}
-    middle = math.sqrt(min(ladder) * max(ladder)) * (1 + 1e-9)
+    middle = math.sqrt(min(ladder) * max(ladder)) * (1 + 1e-4)  # decays are rounded to six digits
     return {decay: of_seed for decay, of_seed in ladder.items() if decay <= middle}
 
 
@@ -252,5 +252,6 @@ def _record_panel(groups: Groups) -> Panel:
         y_label="best validation accuracy up to here",
         traces=traces,
         x_log=True,
-        caption="Mean and range over seeds. Runs with decay end after a fixed number of e-folds.",
+        caption="Mean and range over seeds. Runs with decay end after a fixed number of e-folds. "
+        f"{setup([row for of_seed in groups.values() for row in of_seed.values()])}",
     )

@@ -192,8 +192,11 @@ def setup(rows: Sequence[Row]) -> str:
     words += f", momentum {config['momentum']}" if config.get("momentum") else ""
     words += f", {config['schedule']} learning rate".replace("_", " ") if config.get("schedule") else ""
     if gain > 1:
-        words += f"; its weights start at {gain:g} times the usual scale, so that it learns more than the first fit from the decay"
-    return f"{words[0].upper()}{words[1:]}."
+        words += (
+            f". Its weights start at {gain:g} times the usual scale: a first fit from there generalises poorly, so that the "
+            "decay has much to improve and t* is well defined"
+        )
+    return f"Network: {words}."
 
 
 def mean_trace(name: str, x: Sequence[float], values: Sequence[Sequence[float]]) -> Trace:
