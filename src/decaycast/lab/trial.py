@@ -37,6 +37,7 @@ DEFAULTS = {
     "stop": None,
     "batch_size": 128,
     "rule": "constant",  # of the weight decay: a schedule by name, autol2 starting at weight_decay, or autol2-efolds
+    "refractory": None,  # of autol2, in steps times weight decay [the rule's 0.1]
     "budget_efolds": 1.3,  # of autol2-efolds, which sets the size of the weight decay by itself
     "points": 60,
 }
@@ -190,7 +191,7 @@ def _rule_hooks(config: dict, optimizer: torch.optim.Optimizer) -> list[Hook]:
     if rule == "constant":
         return []
     if rule == "autol2":
-        return [AutoL2Hook(start=config["weight_decay"])]
+        return [AutoL2Hook(start=config["weight_decay"], refractory=config["refractory"])]
     if rule == "autol2-efolds":
         return [_budgeted(config)]
     return [_DecaySchedule(optimizer, config)]

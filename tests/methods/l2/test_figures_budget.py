@@ -172,15 +172,17 @@ def with_autol2(height: float, *, noise: float = 5e-4, seeds: int = 5, other: fl
 
 def test_a_lead_is_held_where_the_claim_says_so():
     verdict = against(True).judge(with_autol2(0.02))
-    assert verdict.outcome == "held" and verdict.numbers["lead from 2"] == pytest.approx(0.02, abs=0.004)
-    assert verdict.numbers["tuned constant"] == pytest.approx(0.01, rel=0.5) and verdict.numbers["reached from 2"] == 5
+    assert verdict.outcome == "held" and verdict.numbers["lead of AutoL2"] == pytest.approx(0.02, abs=0.004)
+    assert (
+        verdict.numbers["tuned constant"] == pytest.approx(0.01, rel=0.5) and verdict.numbers["reached by AutoL2"] == 5
+    )
     assert against(False).judge(with_autol2(0.02)).outcome == "not held"
 
 
 def test_a_lag_is_held_where_the_claim_says_so():
     assert against(False).judge(with_autol2(-0.02)).outcome == "held"
     verdict = against(True).judge(with_autol2(-0.02))
-    assert verdict.outcome == "not held" and "never" in verdict.reason and verdict.numbers["reached from 2"] == 0
+    assert verdict.outcome == "not held" and "never" in verdict.reason and verdict.numbers["reached by AutoL2"] == 0
 
 
 @pytest.mark.parametrize(
@@ -208,7 +210,13 @@ def test_steps_to_an_accuracy():
 
 def test_the_comparison_is_drawn():
     accuracy, decay, grid = against(True).draw(with_autol2(0.02))
-    assert [trace.name for trace in accuracy.traces][:2] == ["AutoL2 from 2", "AutoL2 from 0.1"]
-    assert accuracy.traces[2].name.startswith("best constant 0.0")
-    assert len(decay.traces) == 3 and decay.y_log
-    assert [trace.name for trace in grid.traces] == ["constants", "AutoL2 from 2", "AutoL2 from 0.1", "λ = 0"]
+    assert [trace.name for trace in accuracy.traces][:3] == ["AutoL2", "AutoL2 from 0.1", "AutoL2 on e-folds"]
+    assert accuracy.traces[3].name.startswith("constant λ = 0.0")
+    assert len(decay.traces) == 4 and decay.y_log
+    assert [trace.name for trace in grid.traces] == [
+        "constants",
+        "AutoL2",
+        "AutoL2 from 0.1",
+        "AutoL2 on e-folds",
+        "λ = 0",
+    ]

@@ -179,6 +179,7 @@ def test_tuning_does_not_flatter_itself():
         gains.append(float(np.mean(shared.tuned(table, range(5)))))
     assert np.mean(gains) == pytest.approx(0, abs=3 * np.std(gains) / 20)
     assert shared.leader({0.1: {0: 1.0, 1: 0.0}, 0.2: {0: 0.4, 1: 0.5}}) == 0.1
+    assert shared.tuned({0.1: {3: 0.2}, 0.2: {3: 0.4}}, [3]) == [0.4]
 
 
 def test_captions_name_the_setup():

@@ -109,7 +109,9 @@ class AutoL2(WeightDecayController):
             )
         self.rule: AutoL2Rule | BudgetRule
         if steps is None:
-            self.rule = AutoL2Rule(0.1 if start is None else start, factor, measure_every, 0.1 if refractory is None else refractory)
+            self.rule = AutoL2Rule(
+                0.1 if start is None else start, factor, measure_every, 0.1 if refractory is None else refractory
+            )
         else:
             horizon = self._horizon(lr, steps)
             self.rule = BudgetRule(

@@ -47,7 +47,9 @@ CONSTANT: dict[Size, Grid] = {
         seeds=1,
     ),
     "small": Grid(
-        config={**SMALL, **_MOMENTUM, "model": "cnn-bn-8", "steps": 2000}, rates=rates(0.01, 0.00031623, 7), seeds=5
+        config={**SMALL, **_MOMENTUM, "train_size": 5000, "validation_size": 2000, "model": "cnn-bn-8", "steps": 2000},
+        rates=rates(0.01, 0.00031623, 7),
+        seeds=5,
     ),
     # the paper's grid of 5e-6 to 2e-3 is 1e-4 to 4e-2 in torch's unit
     "paper": Grid(

@@ -1,8 +1,7 @@
 """Fig. 1c, and the paper's stated failure: its AutoL2 against the tuned constant, without and with a learning-rate schedule.
 
-AutoL2 starts at the paper's L = 0.1, which is a weight decay of 2k*0.1 = 2 in torch's unit for k = 10 classes, and for
-comparison at a weight decay of 0.1, the bare number. Its refractory period is the rule's default of 0.1/weight decay steps in
-both; the paper's, 0.1/L, is 20 times longer.
+In torch's unit the paper's L = 0.1 is a weight decay of 2k*0.1 = 2 for k = 10 classes, and its refractory period 2 steps times
+weight decay. Beside it, for comparison and not judged: the bare numbers, 0.1 and 0.1, and AutoL2 on the clock of e-folds.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from decaycast.core.experiment import Panel, Row, Run, Size, Trace, Verdict
+from decaycast.core.experiment import Panel, Row, Run, Scalar, Size, Trace, Verdict
 from decaycast.methods.l2.figures.constants import Grid
 from decaycast.methods.l2.figures.shared import (
     PAPER,
@@ -30,9 +29,18 @@ from decaycast.methods.l2.figures.shared import (
     tuned,
 )
 
-STARTS = (2.0, 0.1)  # torch's weight decay; the first is the paper's and is judged
-RULE = "autol2"
+ARMS: Mapping[str, Mapping[str, Scalar]] = {  # the first is the paper's and is judged
+    "AutoL2": {"weight_decay": 2.0, "rule": "autol2", "refractory": 2.0},
+    "AutoL2 from 0.1": {"weight_decay": 0.1, "rule": "autol2"},
+    "AutoL2 on e-folds": {"weight_decay": 1.0, "rule": "autol2-efolds"},
+}
+JUDGED = next(iter(ARMS))
 SEEDS = 5
+CAPTIONS = {
+    "validation_accuracy": "Mean over seeds with their range; of the constants the one with the best mean accuracy.",
+    "weight_decay": "Geometric mean over seeds with their range. AutoL2 lowers it tenfold when training stops improving; its "
+    "start of 0.1 in the paper is a weight decay of 2 in torch's unit. On e-folds it spends a budget of 1.3.",
+}
 BySeed = Mapping[int, Row]
 
 
@@ -48,9 +56,9 @@ class AgainstConstant:
     source: str = f"{PAPER}, sec. 4, fig. 1c"
 
     def runs(self, size: Size) -> list[Run]:
-        """AutoL2 from each start, and the grid of constants."""
+        """The arms of AutoL2, and the grid of constants."""
         grid = self.grids[size]
-        auto = [grid.run(start, seed, rule=RULE) for start in STARTS for seed in range(grid.seeds)]
+        auto = [Run(config={**grid.config, **arm}, seed=seed) for arm in ARMS.values() for seed in range(grid.seeds)]
         return [*auto, *grid.runs()]
 
     def draw(self, rows: Sequence[Row]) -> list[Panel]:
@@ -58,11 +66,11 @@ class AgainstConstant:
         auto, constants = _sides(rows)
         if not auto or not constants:
             return []
-        shown = {f"AutoL2 from {start:g}": of_seed for start, of_seed in auto.items()}
+        shown = dict(auto)
         seeds = common_seeds(constants.values())
         if seeds:
             best = leader(best_table(constants, seeds))
-            shown[f"best constant {best:.2g}"] = constants[best]
+            shown[f"constant λ = {best:.2g}"] = constants[best]
         return [_curves(shown, "validation_accuracy"), _curves(shown, "weight_decay"), _grid_panel(auto, constants)]
 
     def judge(self, rows: Sequence[Row]) -> Verdict:
@@ -74,24 +82,24 @@ class AgainstConstant:
         auto, constants = _sides(rows)
         seeds = common_seeds([*auto.values(), *constants.values()])
         positive = [decay for decay in constants if decay > 0]
-        if STARTS[0] not in auto or len(positive) < 3 or len(seeds) < 2:
-            reason = f"needs AutoL2 from its start and three constants, with {SEEDS} seeds each"
+        if JUDGED not in auto or len(positive) < 3 or len(seeds) < 2:
+            reason = f"needs the paper's AutoL2 and three constants, with {SEEDS} seeds each"
             return Verdict(outcome="not enough data", reason=reason)
         table = best_table(constants, seeds)
         tops = dict(zip(seeds, tuned(table, seeds), strict=True))
         own = float(np.mean([steps_to(constants[leader(table, without=s)][s], tops[s]) for s in seeds]))
         numbers, words = {"tuned constant": leader(table)}, []
         outcome: Outcome = "not enough data"
-        for start, of_seed in auto.items():
+        for name, of_seed in auto.items():
             lead = interval([best_accuracy(of_seed[s]) - tops[s] for s in seeds])
             there = [steps for s in seeds if np.isfinite(steps := steps_to(of_seed[s], tops[s]))]
-            numbers |= {**lead.numbers(f"lead from {start:g}"), f"reached from {start:g}": len(there)}
+            numbers |= {**lead.numbers(f"lead of {name}"), f"reached by {name}": len(there)}
             when = f"after {np.mean(there):,.0f} steps" if there else "never"
             words.append(
-                f"from {start:g}: {points(lead)} points above the tuned constant, reaches its best in {len(there)} of "
+                f"{name}: {points(lead)} points above the tuned constant, reaches its best in {len(there)} of "
                 f"{len(seeds)} seeds, {when} (the constant: {own:,.0f})"
             )
-            if start == STARTS[0] and len(seeds) >= SEEDS:
+            if name == JUDGED and len(seeds) >= SEEDS:
                 outcome = self._outcome(lead.low, lead.high)
         return Verdict(outcome=outcome, reason="; ".join(words), numbers=numbers)
 
@@ -107,11 +115,19 @@ def steps_to(row: Row, accuracy: float) -> float:
     return float(np.array(row.curve["step"])[reached.argmax()]) if reached.any() else np.inf
 
 
-def _sides(rows: Sequence[Row]) -> tuple[Mapping[float, BySeed], Mapping[float, BySeed]]:
-    """AutoL2 by its start (the paper's first), and constants by weight decay; each by seed."""
-    auto = group([row for row in rows if row.run.config.get("rule") == RULE], "weight_decay")
-    constants = group([row for row in rows if row.run.config.get("rule") != RULE], "weight_decay")
-    return {start: auto[start] for start in STARTS if start in auto}, constants
+def _sides(rows: Sequence[Row]) -> tuple[Mapping[str, BySeed], Mapping[float, BySeed]]:
+    """The arms of AutoL2 by name (the paper's first), and constants by weight decay; each by seed."""
+    auto: dict[str, dict[int, Row]] = {}
+    for name, arm in ARMS.items():
+        own = [row for row in rows if _arm(row) == dict(arm)]
+        if found := group(own, "weight_decay"):
+            auto[name] = dict(next(iter(found.values())))
+    return auto, group([row for row in rows if "rule" not in row.run.config], "weight_decay")
+
+
+def _arm(row: Row) -> dict[str, Scalar]:
+    config = row.run.config
+    return {name: config[name] for name in ("weight_decay", "rule", "refractory") if name in config}
 
 
 def _curves(shown: Mapping[str, BySeed], column: str) -> Panel:
@@ -133,17 +149,15 @@ def _curves(shown: Mapping[str, BySeed], column: str) -> Panel:
         traces=traces,
         x_log=True,
         y_log=column == "weight_decay",
-        caption="Mean over seeds with their range."
-        if column == "validation_accuracy"
-        else "Geometric mean over seeds with their range. AutoL2 lowers it tenfold when training stops improving.",
+        caption=CAPTIONS[column],
     )
 
 
-def _grid_panel(auto: Mapping[float, BySeed], constants: Mapping[float, BySeed]) -> Panel:
+def _grid_panel(auto: Mapping[str, BySeed], constants: Mapping[float, BySeed]) -> Panel:
     decays = [decay for decay in constants if decay > 0]
     best = [[best_accuracy(row) for row in constants[decay].values()] for decay in decays]
     traces = [mean_trace("constants", decays, best)] if decays else []
-    levels = {f"AutoL2 from {start:g}": of_seed for start, of_seed in auto.items()}
+    levels = dict(auto)
     if 0.0 in constants:
         levels["λ = 0"] = constants[0.0]
     for name, of_seed in levels.items():

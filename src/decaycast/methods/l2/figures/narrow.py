@@ -158,5 +158,5 @@ def _fit_panel(groups: Mapping[float, Mapping[int, Row]]) -> Panel:
         y_label="accuracy at the end",
         traces=traces,
         x_log=True,
-        caption="Mean over seeds, band: one standard error. Training accuracy stays below 1 without any decay.",
+        caption="Mean over seeds, band: one standard error. Level line: without decay.",
     )
