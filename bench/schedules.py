@@ -31,7 +31,7 @@ from tasks import Task, task, tasks
 from truth import RESULTS
 
 EFOLDS = 1.3
-GRID_SEEDS, SEEDS, RIVAL_SEEDS = (0, 1), (0, 1, 2, 3, 4), (0, 1, 2)
+GRID_SEEDS, SEEDS, RIVAL_SEEDS = (0, 1), (0, 1, 2, 3, 4), (0, 1)
 FINALISTS = 2
 RIVALS = {
     "constant, same e-folds": "constant",
@@ -41,7 +41,7 @@ RIVALS = {
     "AdamC form": "lr_proportional",
 }
 PROBED = "AutoL2, forecast's e-folds"
-BUDGETS = (0.65, 2.6, 5.2)
+BUDGETS = (0.65, 2.6)
 OF_THE_TRUTH = (
     "digits mlp adamw cosine",
     "mnist-512 mlp sgdm cosine",
@@ -210,7 +210,8 @@ def entry(rows: Sequence[Row], tuned: Sequence[Row]) -> dict:
         "test loss": float(np.mean([row.final.get("test_loss", math.nan) for row in rows])),
         "difference": float(gap.mean()),
         "stderr": float(gap.std(ddof=1) / math.sqrt(len(gap))),
-        "steps ratio": steps_ratio(rows, tuned),
+        # a mean over few seeds is noisier and so comes sooner to any level: the same seeds on both sides
+        "steps ratio": steps_ratio(rows, tuned[: len(rows)]),
         "failed": sum(row.status == "failed" for row in rows),
     }
 

@@ -258,6 +258,16 @@ def test_very_large_and_very_small_inputs_stay_finite():
         assert torch.isfinite(found).all() and torch.isfinite(ntk(scale * x, x, depth=3, activation=activation)).all()
 
 
+def test_saturated_erf_layers_keep_their_diagonal_and_stay_finite():
+    # here 1 - c^2 is 1/q, which float32 cannot tell from 0: the diagonal comes from the variances instead
+    x = inputs(4, 3) * 1e5
+    want = ntk(x, depth=2, activation="erf").diagonal()
+    assert torch.allclose(ntk(x.float(), depth=2, activation="erf").diagonal().double(), want, rtol=1e-5)
+    for dtype in (torch.float32, torch.float64):
+        large = 1e6 * x.to(dtype)
+        assert torch.isfinite(ntk(large, large.clone(), depth=2, activation="erf")).all()
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("activation", ["relu", "erf"])
 def test_device_and_dtype_follow_the_input(device: str, activation: str):

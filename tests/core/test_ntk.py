@@ -183,6 +183,16 @@ def test_a_small_memory_only_makes_more_blocks(name: str, memory: int):
                 assert torch.equal(found, flipped)
 
 
+@pytest.mark.parametrize("memory", [8_000, 32_000, 2**20])
+def test_blocks_of_outputs_are_not_mixed_up(memory: int):
+    # 4,000 numbers: eight of sixteen outputs and four of seven samples at a time, the columns kept
+    torch.manual_seed(0)
+    model, x = nn.Linear(3, 16).double(), torch.randn(7, 3).double()
+    want = torch.einsum("ij,ab->ijab", x @ x.T + 1.0, torch.eye(16).double())
+    assert torch.allclose(empirical_ntk(model, x, memory_bytes=memory), want)
+    assert torch.allclose(empirical_ntk(model, x, x.clone(), memory_bytes=memory), want)
+
+
 @pytest.mark.parametrize("name", ["mlp", "conv", "words"])
 def test_only_the_chosen_parameters_count(name: str):
     model, x1, x2, *_ = case(name)
@@ -323,8 +333,8 @@ class Erf(nn.Module):
 
 def relative_errors(activation: str, vb: float, parametrisation: str, width: int, seeds: int) -> tuple[float, float]:
     """Root mean square over seeds of the relative error of one draw of the kernel, and of the mean over draws."""
+    x = torch.randn(4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     torch.manual_seed(width)
-    x = torch.randn(4, 5, dtype=torch.float64)
     vw = 1.8
     widths = [width, 2 * width]  # unequal, so that a wrong factor of width shows
     layer = NtkLinear if parametrisation == "ntk" else standard_linear
@@ -336,7 +346,7 @@ def relative_errors(activation: str, vb: float, parametrisation: str, width: int
     off = []
     for _ in range(seeds):
         net = nn.Sequential(
-            layer(5, widths[0], vw, vb), act(), layer(widths[0], widths[1], vw, vb), act(), layer(widths[1], 1, vw, vb)
+            layer(5, widths[0], vw, vb), act(), layer(widths[0], widths[1], vw, vb), act(), layer(widths[1], 4, vw, vb)
         )
         off.append((empirical_ntk(net, x, mode="mean") - limit) / limit.norm())
     errors = torch.stack(off)
@@ -349,22 +359,22 @@ def relative_errors(activation: str, vb: float, parametrisation: str, width: int
 def test_wide_networks_reach_the_closed_form_like_one_over_the_root_of_width(
     activation: str, vb: float, parametrisation: str
 ):
-    widths, seeds = (32, 128, 512), 8
+    widths, seeds = (24, 96, 384), 24
     found = [relative_errors(activation, vb, parametrisation, width, seeds) for width in widths]
     one = [draw for draw, _ in found]
-    # sixteen times the width is a quarter of the error; with 8 draws a ratio of two spreads by about 30 %
+    # sixteen times the width is a quarter of the error: slope -1/2; with 24 draws it spreads by about 0.06
     slope = math.log(one[2] / one[0]) / math.log(widths[2] / widths[0])
-    assert -0.75 < slope < -0.3, one
-    assert one[2] < 0.12
-    # no bias beyond the noise of the mean: errors of the mean are about those of a draw over sqrt(8)
+    assert -0.7 < slope < -0.3, one
+    assert one[2] < 0.2
+    # no bias beyond noise: the mean of 24 draws is off by a fifth of what one draw is, three standard errors at most
     assert found[2][1] < 0.6 * one[2], found
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("activation", ["relu", "erf"])
-def test_a_very_wide_network_is_within_three_percent(activation: str):
-    draw, _ = relative_errors(activation, 0.1, "standard", 4096, 3)
-    assert draw < 0.03
+def test_a_very_wide_network_is_within_four_percent(activation: str):
+    draw, _ = relative_errors(activation, 0.1, "standard", 4096, 2)
+    assert draw < 0.04
 
 
 # bad input

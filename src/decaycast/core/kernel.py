@@ -121,8 +121,9 @@ def ntk(
 
     Notes:
         Cosines within rounding of 1, (8 + sqrt(features)/2)*eps, count as 1: such inputs point the same way as far as the
-        dtype can tell, and acos would turn rounding eps into sqrt(eps). An input of zeros in a ReLU network without
-        bias has kernel 0, and relu'(0) = 0 as in torch.
+        dtype can tell, and acos would turn rounding eps into sqrt(eps). Pairs near c = -1 keep that error, absolute
+        sqrt(eps). In erf networks, pairs off the diagonal lose digits once variances come near 1/eps. An input of
+        zeros in a ReLU network without bias has kernel 0, and relu'(0) = 0 as in torch.
 
     Source: Jacot et al. 2018, theorem 1; Lee et al. 2019, appendix E for both activations.
 

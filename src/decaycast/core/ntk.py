@@ -184,7 +184,8 @@ def _assemble(method: Structured | Generic, problem: Problem, mode: str, memory_
         for others in _slices(c, plan.outputs) if mode == "full" else [some]:
             kept: dict[int, Any] = {}
             for i in _slices(len(rows), plan.samples):
-                one = method.features(rows[i], some)
+                one = kept.get(i.start) if symmetric and some == others else None
+                one = method.features(rows[i], some) if one is None else one
                 for j in _slices(len(columns), plan.samples):
                     if symmetric and j.start < i.start:
                         continue
@@ -247,7 +248,10 @@ class _Plan:
     ) -> _Plan:
         """The plan that holds at most `numbers` numbers, as far as one sample and output per block allow it."""
         outputs = c
-        # eight samples per block at least, or nearly all time goes into making features again
+        # features of one output at a time leave room for more samples, so fewer features are made again; where all
+        # outputs are needed at once, eight samples per block at least
+        if mode != "full" and isinstance(method, Generic) and 2 * method.numbers(c) * n2 > numbers:
+            outputs = 1
         while outputs > 1 and 16 * method.numbers(outputs) > numbers:
             outputs = (outputs + 1) // 2
         features = method.numbers(outputs)
@@ -257,8 +261,9 @@ class _Plan:
         # blocks of b samples: (1 or 2)*features*b + products*b^2 = numbers
         linear = features * (1 if keep else 2)
         samples = int((math.sqrt(linear**2 + 4.0 * products * numbers) - linear) / (2.0 * products))
-        # half of a symmetric kernel is a mirror image, which takes several blocks to make use of
-        most = max(16, -(-n1 // 8)) if symmetric else max(n1, n2)
+        # half of a symmetric kernel is a mirror image, which takes several blocks to make use of; few where features
+        # are made again for each
+        most = max(16, -(-n1 // (8 if keep else 2))) if symmetric else max(n1, n2)
         return cls(samples=max(1, min(samples, most)), outputs=outputs, keep=keep)
 
 

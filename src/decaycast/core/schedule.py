@@ -321,15 +321,33 @@ def _horizon(total_steps: int) -> int:
 
 def whole(name: str, value: Any, *, least: int) -> int:
     """`value` as an int if it is a whole number >= `least` (5.0 passes, True does not), else a ValueError naming it."""
-    known = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
-    if not known or value % 1 != 0 or value < least:
+    number = _unwrapped(value)
+    known = isinstance(number, (int, float)) and not isinstance(number, bool)
+    if not known or number % 1 != 0 or number < least:
         raise ValueError(f"{name} must be a whole number >= {least}, got {value!r}")
-    return int(value)
+    return int(number)
 
 
 def check_multiplier(name: str, value: Any) -> float:
     """`value` as a float if it is a finite number >= 0 (tensors and numpy numbers pass), else a ValueError naming it."""
-    number = value.item() if isinstance(value, (torch.Tensor, np.number)) else value
-    if not isinstance(number, (int, float)) or not (math.isfinite(number) and number >= 0):
+    number = one_number(value)
+    if not (math.isfinite(number) and number >= 0):
         raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
-    return float(number)
+    return number
+
+
+def one_number(value: Any) -> float:
+    """`value` as a float if it is one number (tensors and numpy arrays of one element are), NaN if it is not."""
+    number = _unwrapped(value)
+    try:
+        return float(number) if isinstance(number, (int, float)) else math.nan
+    except OverflowError:  # an int beyond float's range
+        return math.copysign(math.inf, number)
+
+
+def _unwrapped(value: Any) -> Any:
+    """The Python number in a numpy scalar, or in a tensor or array of one element; anything else as it is."""
+    try:
+        return value.item() if isinstance(value, (torch.Tensor, np.ndarray, np.generic)) else value
+    except (RuntimeError, ValueError):  # more or fewer than one element
+        return value

@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 
 from decaycast.core.names import choose
+from decaycast.core.schedule import one_number, whole
 
 LearningRate = float | Sequence[float] | np.ndarray | Callable[[int], float]
 CONVENTIONS = ("sgd", "decoupled", "relative", "corrected")
@@ -72,7 +73,7 @@ def efolds(
     >>> round(efolds(lr=0.02, weight_decay=0.2, steps=32, momentum=0.9), 6)
     1.28
     """
-    _check_number("weight_decay", weight_decay)
+    weight_decay = _number("weight_decay", weight_decay)
     rates = learning_rates(lr, steps)
     with np.errstate(over="ignore"):
         spent = float(_rates(rates, weight_decay, momentum, convention).sum())
@@ -100,12 +101,12 @@ def weight_decay_for(
     >>> round(weight_decay_for(efolds=1.28, lr=0.02, steps=32, momentum=0.9), 6)
     0.2
     """
-    _check_number("efolds", efolds)
+    efolds = _number("efolds", efolds)
     rates = learning_rates(lr, steps)
     per_decay = _rates(rates, 1.0, 0.0, convention)
     cap = math.inf
     if convention == "sgd":
-        _check_momentum(momentum)
+        momentum = _momentum(momentum)
         per_decay = per_decay / (1.0 - momentum)
         cap = _momentum_cap(momentum)
     if efolds == 0:
@@ -114,24 +115,28 @@ def weight_decay_for(
         raise ValueError(
             "the learning rate is zero at every step, so no weight decay has an effect; give a positive lr"
         )
-    return _solve_capped(per_decay, cap, efolds)
+    with np.errstate(over="ignore"):
+        found = _solve_capped(per_decay, cap, efolds)
+    if not math.isfinite(found):
+        raise ValueError(
+            f"lr is so small that {efolds:g} e-folds need a weight decay beyond what a float holds; check units"
+        )
+    return found
 
 
 def learning_rates(lr: LearningRate, steps: int) -> np.ndarray:
     """The learning rate of each of `steps` optimiser steps, shape (steps,), checked to be finite and >= 0."""
-    if isinstance(steps, bool) or int(steps) != steps or steps < 1:
-        raise ValueError(f"steps must be a whole number >= 1, got {steps!r}")
-    steps = int(steps)
+    steps = whole("steps", steps, least=1)
     if callable(lr):
-        values = np.array([float(lr(step)) for step in range(steps)])
+        values = np.array([one_number(lr(step)) for step in range(steps)])
     elif np.ndim(lr) == 0:
-        values = np.full(steps, float(lr))  # type: ignore[arg-type]
+        values = np.full(steps, one_number(lr))
     else:
         values = np.asarray(lr, dtype=float)
         if values.shape != (steps,):
             raise ValueError(f"lr has shape {values.shape}, but the run has {steps} steps; give one value per step")
     if not np.isfinite(values).all() or (values < 0).any():
-        worst = values[~(np.isfinite(values) & (values >= 0))][0]
+        worst = lr if isinstance(lr, str) else values[~(np.isfinite(values) & (values >= 0))][0]
         raise ValueError(f"lr must be finite and >= 0 at every step, got {worst}")
     return values
 
@@ -208,7 +213,7 @@ def group_convention(optimizer: Any, group: dict[str, Any]) -> str:
 def _rates(lrs: np.ndarray, weight_decay: float, momentum: float, convention: str) -> np.ndarray:
     choose(convention, CONVENTIONS, "convention")
     if convention == "sgd":
-        _check_momentum(momentum)
+        momentum = _momentum(momentum)
         return shrink_rate(lrs, weight_decay, momentum=momentum)
     if convention == "decoupled":
         return lrs * weight_decay
@@ -239,11 +244,15 @@ def _momentum_cap(momentum: float) -> float:
     return -0.5 * math.log(momentum) if momentum > 0 else math.inf
 
 
-def _check_momentum(momentum: float) -> None:
-    if not 0 <= momentum < 1:
-        raise ValueError(f"momentum must be in [0, 1), got {momentum}")
+def _momentum(value: float) -> float:
+    number = one_number(value)
+    if not 0 <= number < 1:
+        raise ValueError(f"momentum must be in [0, 1), got {value}")
+    return number
 
 
-def _check_number(name: str, value: float) -> None:
-    if not (math.isfinite(value) and value >= 0):
+def _number(name: str, value: float) -> float:
+    number = one_number(value)
+    if not (math.isfinite(number) and number >= 0):
         raise ValueError(f"{name} must be finite and >= 0, got {value}")
+    return number

@@ -42,7 +42,7 @@ def _numbers(name: str, value: Values) -> np.ndarray:
     # text and flags would pass numpy's own conversion to float
     try:
         numbers = np.asarray(value)
-    except (TypeError, ValueError):  # ragged lists
+    except (TypeError, ValueError, RuntimeError):  # ragged lists, tensors that require gradients
         numbers = np.asarray(None)
     if numbers.dtype.kind not in "iuf":
         raise ValueError(f"{name} must be a number or an array of numbers, got {value!r}")

@@ -150,8 +150,8 @@ def product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def _array(values: Values, name: str) -> np.ndarray:
     try:
         array = np.asarray(values)
-        if array.dtype.kind == "c":  # of eigvals, say: numpy would drop the imaginary part
-            raise TypeError("complex")
+        if array.dtype.kind not in "iufb":  # complex (of eigvals, say), text and None would pass numpy's conversion
+            raise TypeError(f"dtype {array.dtype}")
         return array.astype(float)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{name} has to be a real number or an array of them, got {values!r:.80}") from error

@@ -25,7 +25,7 @@ class Recipe:
     convention: str = "sgd"
 
     def __post_init__(self) -> None:
-        if self.convention.casefold() in ("adam", "nadam", "radam", "adamax", "adagrad", "rmsprop"):
+        if str(self.convention).casefold() in ("adam", "nadam", "radam", "adamax", "adagrad", "rmsprop"):
             raise ValueError(
                 f"{self.convention} couples weight decay into an adaptive step: the decay of each weight depends on its "
                 "gradients, so there are no e-folds to keep; convert from or to the optimiser with "

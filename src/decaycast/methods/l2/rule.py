@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, SupportsFloat
 
 from decaycast.core.decay import check_keys
-from decaycast.core.schedule import whole
+from decaycast.core.schedule import one_number, whole
 
 Number = SupportsFloat | None
 
@@ -155,9 +155,10 @@ _SETTINGS = ("start", "factor", "measure_every", "refractory")
 
 def in_range(name: str, value: float) -> float:
     """`value` as a float, inside limits that keep every power of the factor that a run can reach in float64."""
-    if not 1e-50 <= value <= 1e50:
+    number = one_number(value)
+    if not 1e-50 <= number <= 1e50:
         raise ValueError(f"{name} must be a positive number between 1e-50 and 1e50, got {value}")
-    return float(value)
+    return number
 
 
 def checked(step: int, loss: Number, error: Number) -> tuple[float, float]:
@@ -173,7 +174,7 @@ def checked(step: int, loss: Number, error: Number) -> tuple[float, float]:
 def _number(name: str, step: int, value: Any) -> float:
     try:
         return float(value.item() if hasattr(value, "item") else value)
-    except (TypeError, ValueError, RuntimeError) as cause:
+    except (TypeError, ValueError, RuntimeError, OverflowError) as cause:
         raise ValueError(
             f"{name} must be one number at step {step}, where AutoL2 measures, got {type(value).__name__}"
         ) from cause

@@ -15,6 +15,7 @@ from __future__ import annotations
 import numpy as np
 
 from decaycast.core.names import choose
+from decaycast.core.schedule import whole
 from decaycast.core.timescale import LearningRate, learning_rates
 from decaycast.methods.l2.checked import Values, at_least_zero, momentum_like, plain, positive
 from decaycast.methods.l2.language_models import (
@@ -73,7 +74,8 @@ def weight_decay_from_tau(tau: Values, lr: LearningRate, steps: int) -> Values:
         >>> round(weight_decay_from_tau(0.25, 1e-3, 10_000), 6)
         0.4
     """
-    spent = learning_rates(lr, steps).sum()
+    single = not callable(lr) and np.ndim(lr) == 0
+    spent = learning_rates(lr, 1)[0] * whole("steps", steps, least=1) if single else learning_rates(lr, steps).sum()
     if spent == 0:
         raise ValueError(
             "the learning rate is zero at every step, so no weight decay has an effect; give a positive lr"
