@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -101,8 +100,10 @@ def textbook(model: nn.Module, x: torch.Tensor, mode: str) -> torch.Tensor:
     return sum(torch.einsum(letters, value.flatten(2), value.flatten(2)) for value in jacobian.values())
 
 
-def resident_bytes() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+def memory_bytes(field: str) -> int:
+    """VmRSS (resident now) or VmHWM (its peak) of this process; ru_maxrss would count the parent's peak, too."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
 def child(side: str, mode: str, n: int) -> dict:
@@ -115,10 +116,10 @@ def child(side: str, mode: str, n: int) -> dict:
         "generic": lambda count: empirical_ntk(model, x[:count], mode=mode, route="generic"),
     }
     calls[side](8)  # libraries set themselves up at the first call
-    before = resident_bytes()
+    before = memory_bytes("VmRSS")
     kept: list[torch.Tensor] = []
     spent = seconds(lambda: kept.append(calls[side](n)))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    peak = memory_bytes("VmHWM") - before
     trace = torch.einsum("iiaa->", kept[0]) if mode == "full" else kept[0].trace()
     result_bytes = kept[0].numel() * kept[0].element_size()
     return {"seconds": spent, "peak_bytes": peak, "result_bytes": result_bytes, "check": float(trace)}

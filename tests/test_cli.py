@@ -278,6 +278,12 @@ def test_audit_lists_parameters(decaycast: Command):
     assert all(row["name"] in printed.out for row in rows) and {row["weight_decay"] for row in rows} == {5e-4}
 
 
+def test_audit_lists_the_parameters_of_a_language_model(decaycast: Command):
+    command = ("audit", "--lr", "1e-3", "--weight-decay", "0.1", "--steps", "1000", "--model", "gpt-64x1", "--json")
+    names = {row["name"] for row in decaycast(*command).json["parameters"]}
+    assert {"characters.weight", "layers.0.attend.weight", "head.weight"} <= names
+
+
 def test_audit_prints_what_the_rules_say_and_where_they_disagree(decaycast: Command):
     command = shlex.split(
         "audit --lr 6e-4 --weight-decay 0.1 --steps 20000 --optimizer adamw --schedule linear "

@@ -293,9 +293,11 @@ def _momentum(value: float) -> float:
 
 
 def _decaying(model: str, plan: Plan) -> list[Decaying]:
-    from decaycast.lab import models
+    from decaycast.lab import models, text
 
-    network = models.build(model, (3, 32, 32), 10, seed=0)
+    # which parameters decay is the same for every size of sample; a language model reads characters
+    shape = (text.CONTEXT,) if model.startswith("gpt") else (3, 32, 32)
+    network = models.build(model, shape, 10, seed=0)
     kind = "sgd" if plan.convention == "sgd" else "adamw"  # which parameters decay is the same in all others
     config = {"optimizer": kind, "lr": plan.peak, "weight_decay": plan.weight_decay, "momentum": plan.momentum}
     return parameter_table(network, make_optimizer(config, network.parameters()))

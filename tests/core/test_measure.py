@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as functional
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from decaycast.core.measure import check_labels, evaluate, measuring_steps
@@ -99,6 +99,7 @@ def test_labels_that_are_fine_or_no_classes_pass():
         assert check_labels(output, target) is None
 
 
+@settings(deadline=None)
 @given(total=st.integers(1, 5000), points=st.integers(2, 100))
 def test_measuring_steps_rise_end_at_the_end_and_are_dense_early(total: int, points: int):
     steps = measuring_steps(total, points)

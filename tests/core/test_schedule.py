@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from decaycast.core import schedule as sc
@@ -35,6 +35,7 @@ def test_a_name_like_none_of_them_gets_the_list_only():
 # functions of the step
 
 
+@settings(deadline=None)
 @given(total=st.integers(1, 10_000), end=st.floats(0, 5), name=st.sampled_from(["linear", "cosine"]))
 def test_falls_from_one_to_its_end_and_stays_there(total, end, name):
     value = getattr(sc, name)(total, end)
@@ -175,6 +176,7 @@ def named(name: str, total: int) -> sc.Schedule:
     return sc.by_name(name, total, lr_schedule=sc.cosine(total))
 
 
+@settings(deadline=None)
 @given(total=st.integers(1, 3000), name=st.sampled_from(sc.WEIGHT_DECAY_NAMES), steps=st.data())
 def test_every_schedule_stays_where_its_horizon_ends_and_is_a_multiplier(total, name, steps):
     value = named(name, total)
@@ -184,6 +186,7 @@ def test_every_schedule_stays_where_its_horizon_ends_and_is_a_multiplier(total, 
     assert all(0 <= one <= sc.RISE for one in inside)
 
 
+@settings(deadline=None)
 @given(total=st.integers(1, 3000), name=st.sampled_from(RISING + FALLING), steps=st.data())
 def test_every_schedule_but_wsd_keeps_its_direction(total, name, steps):
     value = named(name, total)
@@ -193,6 +196,7 @@ def test_every_schedule_but_wsd_keeps_its_direction(total, name, steps):
     assert (value(total) == 1.0) == (name == "constant")
 
 
+@settings(deadline=None)
 @given(total=st.integers(1, 2000), name=st.sampled_from(RISING + FALLING), steps=st.data())
 def test_twice_the_steps_stretch_the_shape(total, name, steps):
     step = steps.draw(st.integers(0, total))
@@ -276,3 +280,19 @@ def test_a_learning_rate_schedule_has_to_be_a_function():
 
 def test_whole_numbers_of_other_types_pass():
     assert sc.linear(np.int64(10))(5) == 0.5 == sc.linear(10.0)(5)
+
+
+def test_numbers_may_be_of_numpy_or_torch():
+    for half in (np.float32(0.5), np.array(0.5), np.array([0.5]), torch.tensor(0.5)):
+        assert sc.linear(10, end=half)(10) == 0.5
+    for ten in (torch.tensor(10), np.array(10.0), np.int64(10)):
+        assert sc.linear(ten)(5) == 0.5
+
+
+@pytest.mark.parametrize("value", [torch.tensor([0.5, 0.1]), np.array([0.5, 0.1]), np.array([]), "0.5", None, 10**400])
+def test_what_is_not_one_number_is_named(value):
+    with pytest.raises(ValueError, match="end must be a finite number >= 0, got "):
+        sc.linear(10, end=value)
+    if not isinstance(value, int):
+        with pytest.raises(ValueError, match="total_steps must be a whole number >= 1, got "):
+            sc.linear(value)

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import decaycast as dc
@@ -246,6 +246,7 @@ def test_momentum_counts_only_where_decay_goes_through_the_buffer():
 # the inverse
 
 
+@settings(deadline=None)
 @given(
     efolds=st.floats(1e-3, 20.0),
     lr=st.floats(1e-4, 1.0),
@@ -357,3 +358,38 @@ def test_more_efolds_than_heavy_ball_can_spend():
 def test_a_product_that_no_float_holds_is_refused():
     with pytest.raises(ValueError, match="multiply to more than a float holds"):
         dc.efolds(lr=1e200, weight_decay=1e200, steps=1)
+
+
+USUAL = {"lr": 0.1, "weight_decay": 0.01, "steps": 10, "momentum": 0.5}
+
+
+def test_numbers_of_the_recipe_may_be_of_numpy_or_torch():
+    expected = dc.efolds(**USUAL)
+    for kind in (np.array, torch.tensor, lambda value: torch.tensor([value], dtype=torch.float64)):
+        given_so = {name: kind(value) for name, value in USUAL.items() if name != "lr"}
+        assert dc.efolds(lr=0.1, **given_so) == pytest.approx(expected, rel=1e-7)
+    assert dc.efolds(**{**USUAL, "lr": torch.tensor(0.1, requires_grad=True)}) == pytest.approx(expected, rel=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"weight_decay": "0.1"}, "weight_decay must be finite and >= 0, got 0.1"),
+        ({"weight_decay": None}, "weight_decay must be finite and >= 0, got None"),
+        ({"weight_decay": [0.1]}, "weight_decay must be finite and >= 0, got"),
+        ({"momentum": "0.9"}, "momentum must be in"),
+        ({"steps": math.nan}, "steps must be a whole number >= 1, got nan"),
+        ({"steps": math.inf}, "steps must be a whole number >= 1, got inf"),
+        ({"steps": None}, "steps must be a whole number >= 1, got None"),
+        ({"lr": "fast"}, "lr must be finite and >= 0 at every step, got fast"),
+        ({"lr": lambda step: None}, "lr must be finite and >= 0 at every step, got nan"),
+    ],
+)
+def test_what_is_no_number_is_named(changes: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        dc.efolds(**{**USUAL, **changes})
+
+
+def test_a_weight_decay_beyond_floats_is_refused():
+    with pytest.raises(ValueError, match="lr is so small that 1e.300 e-folds need a weight decay beyond what a float"):
+        dc.weight_decay_for(efolds=1e300, lr=1e-300, steps=10)

@@ -322,6 +322,9 @@ def test_options_add_to_a_file_and_replace_what_it_says(tmp_path: Path):
         ({"optimizer": "adam"}, "unknown optimizer 'adam'; did you mean 'adamw'"),
         ({"schedule": "cosin"}, "unknown schedule 'cosin'; did you mean 'cosine'"),
         ({"batch_size": 0}, "--batch-size must be a whole number >= 1, got 0"),
+        ({"epochs": math.nan}, "--epochs must be a finite number > 0, got nan"),
+        ({"epochs": math.inf}, "--epochs must be a finite number > 0, got inf"),
+        ({"epochs": -1.0}, "--epochs must be a finite number > 0, got -1.0"),
     ],
 )
 def test_options_are_checked(options: dict, message: str):
@@ -459,3 +462,19 @@ def test_e_folds_of_a_file_against_a_loop(tmp_path: Path):
     for step in range(400):
         total += 0.1 * 6e-4 * (step / 40 if step < 40 else (400 - step) / 360)
     assert efolds(lr=facts.rates_for(400), weight_decay=0.1, steps=400, convention="decoupled") == pytest.approx(total)
+
+
+@pytest.mark.parametrize("devices", [0, -2])
+def test_a_number_of_devices_below_one(tmp_path: Path, devices: int):
+    with pytest.raises(ValueError, match=f"--world-size must be a whole number >= 1, got {devices}"):
+        read_config(trainer(tmp_path), devices=devices)
+
+
+def test_a_warm_up_longer_than_the_run_as_a_share(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"warmup_ratio must be a share of the run in \[0, 1\], got 2"):
+        read_config(trainer(tmp_path, warmup_ratio=2.0))
+
+
+@pytest.mark.parametrize("name", sorted(lr_shapes.HUGGING_FACE))
+def test_a_rate_of_zero_stays_zero(name: str):
+    assert not lr_shapes.hugging_face(name, peak=0.0, steps=5, warmup_steps=1, options={}).any()

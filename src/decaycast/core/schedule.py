@@ -347,6 +347,8 @@ def one_number(value: Any) -> float:
 
 def _unwrapped(value: Any) -> Any:
     """The Python number in a numpy scalar, or in a tensor or array of one element; anything else as it is."""
+    if isinstance(value, (int, float)):
+        return value
     try:
         return value.item() if isinstance(value, (torch.Tensor, np.ndarray, np.generic)) else value
     except (RuntimeError, ValueError):  # more or fewer than one element

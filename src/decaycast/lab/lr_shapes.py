@@ -56,6 +56,8 @@ def hugging_face(name: str, *, peak: float, steps: int, warmup_steps: int, optio
     unknown = sorted(set(options) - set(HUGGING_FACE[name]))
     if unknown:
         raise ValueError(f"lr_scheduler_kwargs of {name!r} has {', '.join(unknown)}, which is not known there")
+    if peak == 0:
+        return np.zeros(steps)
     chosen = {**HUGGING_FACE[name], **options}
     step, warm = np.arange(steps, dtype=float), min(warmup_steps, steps)
     progress = np.clip((step - warmup_steps) / max(1, steps - warmup_steps), 0.0, 1.0)

@@ -80,10 +80,12 @@ def with_options(
         numbers: lr, weight_decay, steps, epochs, momentum.
 
     Raises:
-        ValueError: an unknown optimiser or schedule, a batch size below 1.
+        ValueError: an unknown optimiser or schedule, a batch size below 1, epochs that are not finite and > 0.
     """
     changes: dict[str, Any] = {name: value for name, value in numbers.items() if value is not None}
     if "epochs" in changes:
+        if not (math.isfinite(changes["epochs"]) and changes["epochs"] > 0):
+            raise ValueError(f"--epochs must be a finite number > 0, got {changes['epochs']}")
         changes = {"steps": None, **changes}  # a file's steps give way to the epochs asked for
     if batch_size is not None:
         changes |= {"batch_size": whole("--batch-size", batch_size, least=1), "accumulation": 1}
@@ -115,6 +117,7 @@ def read_config(path: str | Path, devices: int | None = None) -> Facts:
         OSError: it cannot be read.
     """
     path = Path(path)
+    devices = None if devices is None else whole("--world-size", devices, least=1)
     values = load(path)
     known = [key for key in HUGGING_FACE_KEYS if key in values]
     if "opt" in values and len(known) < 2:
@@ -145,6 +148,8 @@ def _hugging_face(config: Config, devices: int | None) -> Facts:
     steps = config.number("max_steps", -1, least=-1)
     ratio, warmup = config.number("warmup_ratio", 0.0) or 0.0, config.number("warmup_steps", 0.0) or 0.0
     ratio, warmup = (warmup, 0.0) if 0 < warmup < 1 else (ratio, warmup)
+    if ratio > 1:
+        raise ValueError(f"{config.name}: warmup_ratio must be a share of the run in [0, 1], got {ratio:g}")
 
     def rates(total: int, peak: float) -> np.ndarray:
         ramp = int(warmup) if warmup else math.ceil(total * ratio)

@@ -8,9 +8,10 @@ import math
 import random
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from decaycast.core.hook import StepContext
@@ -181,6 +182,7 @@ def test_decides_as_the_straightforward_machine(start, factor, every, refractory
         assert rule.coefficient == pytest.approx(float(start / factor ** len(rule.decays)), rel=1e-15)
 
 
+@settings(deadline=None)
 @given(
     sequence=st.lists(st.tuples(st.integers(1, 30), st.floats(0, 10), st.floats(0, 1)), min_size=2, max_size=80),
     data=st.data(),
@@ -244,6 +246,9 @@ def test_tensors_are_read_only_when_measuring():
         ({"factor": 1.0}, "factor must be > 1, got 1.0; the coefficient is divided by it"),
         ({"measure_every": 0}, "measure_every must be a whole number >= 1, got 0"),
         ({"measure_every": 2.5}, "measure_every must be a whole number >= 1, got 2.5"),
+        ({"start": "0.1"}, "start must be a positive number .* got 0.1"),
+        ({"start": [0.1, 0.2]}, "start must be a positive number .* got "),
+        ({"factor": None}, "factor must be a positive number .* got None"),
     ],
 )
 def test_settings_out_of_range(options, message):
@@ -597,3 +602,14 @@ def test_units_out_of_range():
         reference_units(-0.2, 0.1, 10)
     with pytest.raises(ValueError, match="eta must be finite"):
         reference_units(0.2, math.nan, 10)
+
+
+def test_settings_may_be_of_numpy_or_torch():
+    for kind in (np.float32, np.array, torch.tensor):
+        rule = AutoL2Rule(start=kind(0.5), factor=kind(2.0), refractory=kind(0.25), measure_every=np.int64(5))
+        assert rule.state_dict() == AutoL2Rule(0.5, 2.0, 5, 0.25).state_dict()
+
+
+def test_an_int_beyond_floats_is_no_loss():
+    with pytest.raises(ValueError, match="loss must be one number at step 0, where AutoL2 measures, got int"):
+        AutoL2Rule().update(0, 10**400, 0.5)

@@ -364,3 +364,45 @@ def test_a_training_spends_its_budget(optimizer: str, decay: float):
     assert row.status == "done", row.reason
     assert row.curve["efolds"][-1] == pytest.approx(0.5, rel=1e-6)
     assert list(row.curve["weight_decay"]) == sorted(row.curve["weight_decay"], reverse=True)
+
+
+def test_a_larger_group_added_later_does_not_take_the_lead():
+    """The coefficient is the first leader's, and so must be the rate that the budget is counted with."""
+    optimizer = torch.optim.SGD([parameter()], lr=0.1, weight_decay=1.0)
+    scheduler = AutoL2(optimizer, clock="efolds", budget_efolds=1.0, steps=100)
+    spent = 0.0
+    for step in range(50):
+        if step == 10:
+            optimizer.add_param_group({"params": [parameter()], "weight_decay": 10.0, "lr": 0.5})
+        scheduler.step(1.0 / (1 + step), 0.5 / (1 + step))
+        spent += 0.1 * scheduler.get_last_wd()[0]
+    assert scheduler.get_last_wd()[1] == pytest.approx(10 * scheduler.get_last_wd()[0])
+    assert scheduler.rule.efolds == pytest.approx(spent) == pytest.approx(1 - left_after(50))  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("warmed", "message"),
+    [
+        (
+            lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda step: min(1.0, (step + 1) / 50)),
+            "0.002 now but 0.1 in",
+        ),
+        (
+            lambda o: torch.optim.lr_scheduler.OneCycleLR(o, max_lr=0.1, total_steps=100),
+            "0.004 now but 0.1 in .* by up to 25 times",
+        ),
+    ],
+)
+def test_a_warm_up_that_nobody_told_of_is_noticed(warmed, message: str):
+    optimizer = torch.optim.SGD([parameter()], lr=0.1, weight_decay=1.0)
+    warmed(optimizer)
+    with pytest.warns(UserWarning, match=message) as caught:
+        AutoL2(optimizer, clock="efolds", steps=100)
+    assert caught[0].filename == __file__
+    AutoL2(optimizer, clock="efolds", steps=100, lr=lambda step: 0.1 * min(1.0, (step + 1) / 50))  # told: no warning
+
+
+def test_a_saved_leader_that_no_group_has_is_refused():
+    scheduler = AutoL2(torch.optim.SGD([parameter()], lr=0.1, weight_decay=1.0), clock="efolds", steps=10)
+    with pytest.raises(ValueError, match="saved largest must be one of the saved initial_weight_decay"):
+        scheduler.load_state_dict({**scheduler.state_dict(), "largest": 2.0})

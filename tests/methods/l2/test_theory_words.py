@@ -27,6 +27,15 @@ WHOLE = {"weight_decay": 0.1, "homogeneity": 2}
         (lambda: theory.kernel_scale(1.0, 0.1, -1), "homogeneity has to be at least 0, got -1"),
         (lambda: theory.kernel_scale(1.0, np.inf, 2), "weight_decay has to be finite, got inf"),
         (lambda: theory.kernel_scale("soon", 0.1, 2), "time has to be a real number or an array of them, got 'soon'"),
+        (lambda: theory.kernel_scale("1", 0.1, 2), "time has to be a real number or an array of them, got '1'"),
+        (
+            lambda: theory.kernel_scale(1.0, None, 2),
+            "weight_decay has to be a real number or an array of them, got None",
+        ),
+        (
+            lambda: theory.kernel_scale(1.0, 0.1, 10**400),
+            "homogeneity has to be a real number or an array of them, got 10",
+        ),
         (lambda: theory.kernel_eigenvalue(-1.0, 0.1, 1.0, 2), "eigenvalues have to be at least 0, got -1"),
         (lambda: theory.mode(1.0, **{**CASE, "homogeneity": 1.5}), "homogeneity has to be 0, 1 or at least 2, got 1.5"),
         (lambda: theory.mode(1.0, **{**CASE, "eigenvalue": np.nan}), "eigenvalue has to be finite, got nan"),
@@ -84,3 +93,11 @@ def test_the_page_prints_what_it_says():
     assert printed.getvalue() == output
     peaks = theory.time_of_peak(**{**CASE, "weight_decay": [0.1, 0.01, 0.001]}, initial=0.3) * [0.1, 0.01, 0.001]
     assert "({:.3f}, {:.3f}, {:.3f} for".format(*peaks) in " ".join(page.split())
+
+
+def test_few_eigenvalues_of_a_large_kernel_keep_its_rounding():
+    """A selection says nothing about the size of the matrix whose rounding it carries."""
+    found = theory.outputs([1.0], [1.0, -9e-12], [1.0, 1.0], 0.0, 0.1, 2)
+    assert found[0, 1] == 0.0
+    with pytest.raises(ValueError, match="got -2e-11: more than rounding"):
+        theory.outputs([1.0], [1.0, -2e-11], [1.0, 1.0], 0.0, 0.1, 2)

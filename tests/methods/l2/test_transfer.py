@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from decaycast.core.timescale import efolds
@@ -98,6 +98,7 @@ def test_optimal_and_critical_batch():
 # tau
 
 
+@settings(deadline=None)
 @given(tau=FACTORS, lr=st.floats(1e-5, 1.0), steps=st.integers(1, 300))
 def test_tau_is_one_over_the_efolds_of_what_it_gives(tau: float, lr: float, steps: int):
     for rates in (lr, [lr * (1 - k / (2 * steps)) for k in range(steps)], lambda k: lr / (1 + k)):
@@ -119,6 +120,7 @@ def test_time_scales_count_steps_and_epochs():
     assert transfer.tau_epoch(lr, decay, 100) == pytest.approx(5.0)
 
 
+@settings(deadline=None)
 @given(decay=st.floats(1e-6, 10.0), batch=SIZES, samples=SIZES, factor=FACTORS)
 def test_what_is_carried_over_keeps_tau_in_epochs(decay: float, batch: float, samples: float, factor: float):
     lr = 0.01
@@ -162,6 +164,7 @@ def test_normalised_decay_both_ways_and_its_root():
     assert spent == pytest.approx(decay * steps)
 
 
+@settings(deadline=None)
 @given(batch=FACTORS, data=FACTORS)
 def test_nanochats_rule_is_equal_efolds_when_lr_goes_with_the_root_of_the_batch(batch: float, data: float):
     steps, lr = 1000.0, 0.01
@@ -284,6 +287,9 @@ BAD = [
     (lambda: transfer.power_lines(None), "tokens_per_parameter must be a number or an array of numbers, got None"),
     (lambda: transfer.power_lines([[1], [2, 3]]), "tokens_per_parameter must be a number or an array of numbers, got"),
     (lambda: transfer.power_lines(True), "tokens_per_parameter must be a number or an array of numbers, got True"),
+    (lambda: transfer.power_lines(torch.tensor(20.0, requires_grad=True)), "must be a number or an array of numbers, got"),
+    (lambda: recipe.Recipe(lr=0.1, weight_decay=0.1, steps=10, convention=None), "unknown convention None"),  # type: ignore[arg-type]
+    (lambda: transfer.weight_decay_from_tau(0.1, 0.1, math.nan), "steps must be a whole number >= 1, got nan"),
     (lambda: transfer.weight_decay_from_tau(-1, 0.1, 10), "tau must be finite and > 0, got -1"),
     (lambda: transfer.weight_decay_from_tau(0.1, 0.0, 10), "the learning rate is zero at every step"),
     (lambda: transfer.weight_decay_from_tau(0.1, [0.1, 0.1], 3), "lr has shape"),
@@ -343,3 +349,8 @@ def test_the_page_names_every_function():
     page = (Path(__file__).resolve().parents[3] / "docs" / "transfer.md").read_text(encoding="utf-8")
     functions = {name for name in transfer.__all__ if name[0].islower()}
     assert {name for name in functions if f"`{name}`" not in page} == {"in_tokens", "normalised_weight_decay"}
+
+
+def test_a_single_rate_needs_no_array_of_steps():
+    assert transfer.weight_decay_from_tau(0.25, 1e-3, 10**13) == pytest.approx(4e-10)
+    assert transfer.weight_decay_from_tau(0.25, 1e-3, 10_000) == 0.4

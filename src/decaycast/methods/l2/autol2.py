@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -66,6 +67,9 @@ class AutoL2(WeightDecayController):
         steps: optimiser steps of the run, >= 1.
         lr: learning rate of the run for the group that leads: a number, one value per step or a function of the 0-based
             step; by default the rate that the optimiser has now, taken as constant.
+
+    Warns:
+        UserWarning: `lr` is left out, and a learning-rate scheduler has already moved the rate (a warm-up, say).
 
     Raises:
         TypeError: not a torch optimiser.
@@ -167,6 +171,8 @@ class AutoL2(WeightDecayController):
         """
         initial = self._restored_initial(state, self.state_dict())
         largest, steps = in_range("saved largest", state["largest"]), whole("saved steps", state["steps"], least=0)
+        if largest not in initial:
+            raise ValueError(f"saved largest must be one of the saved initial_weight_decay {initial}, got {largest}")
         in_force = check_multiplier("saved in_force", state["in_force"])
         self.rule.load_state_dict(state["rule"])
         self._initial, self._largest, self.steps, self._in_force = initial, largest, steps, in_force
@@ -177,7 +183,8 @@ class AutoL2(WeightDecayController):
 
     def _leader(self) -> dict[str, Any]:
         """The group with the largest initial weight decay, which gets the coefficient itself."""
-        return self.optimizer.param_groups[self._initial.index(max(self._initial))]
+        # a group added later may have a larger one, but the coefficient goes on being that of the first leader
+        return self.optimizer.param_groups[self._initial.index(self._largest)]
 
     def _rate_now(self) -> float:
         group = self._leader()
@@ -186,6 +193,8 @@ class AutoL2(WeightDecayController):
     def _horizon(self, lr: LearningRate | None, steps: int) -> float:
         """Shrink per unit of weight decay, summed over the run."""
         group = self._leader()
+        if lr is None:
+            _warn_of_schedule(group)
         total = learning_rates(float(group["lr"]) if lr is None else lr, steps).sum()
         if total == 0:
             raise ValueError(
@@ -252,6 +261,19 @@ def reference_units(eta: float, l2: float, classes: int) -> tuple[float, float]:
     if not (math.isfinite(eta) and eta > 0 and math.isfinite(l2) and l2 >= 0):
         raise ValueError(f"eta must be finite and > 0 and l2 finite and >= 0, got eta={eta}, l2={l2}")
     return eta / classes, 2 * classes * l2
+
+
+def _warn_of_schedule(group: Mapping[str, Any]) -> None:
+    """A rate that a scheduler has already moved is no constant: lambda would be off by their ratio."""
+    now = float(group["lr"])
+    usual = float(group.get("max_lr", group.get("initial_lr", now)))  # max_lr: torch's OneCycleLR and CyclicLR
+    if now not in (0.0, usual):  # zero is refused by itself
+        warnings.warn(
+            f"the learning rate is {now:g} now but {usual:g} in its scheduler, and AutoL2 takes {now:g} for the whole run: the "
+            f"weight decay will be off by up to {max(now, usual) / (min(now, usual) or math.nan):.3g} times. Give the run's "
+            "rates as lr= (where a saved state is loaded next, this does not matter)",
+            stacklevel=4,
+        )
 
 
 def _check_settings(given: Mapping[str, Any], clock: str) -> None:

@@ -15,6 +15,7 @@ _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(20)
 _FAR = 50.0  # exp(-50) is below float64 rounding
 _GONE = 800.0  # exp(-800) underflows
 _LATE = 300.0  # k*lambda*t: a mode that has not turned by then is below exp(-300)
+_SELECTED = 1e-11  # of the largest eigenvalue: rounding in a float64 matrix of some thousand rows
 _BLOCK = 4096  # elements integrated at once: 4096 x 20 nodes stay in cache
 
 
@@ -211,7 +212,8 @@ def checked_eigenvalues(values: Values) -> np.ndarray:
     """Eigenvalues, with negatives of rounding size clipped to 0 and others refused."""
     gamma = finite(values, "eigenvalue")
     largest = float(np.abs(gamma).max(initial=0.0)) if gamma.ndim else 0.0
-    return _clipped(gamma, _rounding(values, gamma.size) * largest if largest else 0.0)
+    # they may be a selection: their number need not be the size of the matrix that was rounded
+    return _clipped(gamma, max(_rounding(values, gamma.size), _SELECTED) * largest)
 
 
 def _times_in_order(values: Values) -> np.ndarray:
