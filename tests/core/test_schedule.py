@@ -289,7 +289,11 @@ def test_numbers_may_be_of_numpy_or_torch():
         assert sc.linear(ten)(5) == 0.5
 
 
-@pytest.mark.parametrize("value", [torch.tensor([0.5, 0.1]), np.array([0.5, 0.1]), np.array([]), "0.5", None, 10**400])
+@pytest.mark.parametrize(
+    "value",
+    [torch.tensor([0.5, 0.1]), np.array([0.5, 0.1]), np.array([]), "0.5", None, 10**400],
+    ids=lambda v: type(v).__name__,
+)
 def test_what_is_not_one_number_is_named(value):
     with pytest.raises(ValueError, match="end must be a finite number >= 0, got "):
         sc.linear(10, end=value)

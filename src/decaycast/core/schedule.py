@@ -342,7 +342,7 @@ def one_number(value: Any) -> float:
     try:
         return float(number) if isinstance(number, (int, float)) else math.nan
     except OverflowError:  # an int beyond float's range
-        return math.copysign(math.inf, number)
+        return math.inf if number > 0 else -math.inf
 
 
 def _unwrapped(value: Any) -> Any:

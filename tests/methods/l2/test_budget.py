@@ -377,7 +377,7 @@ def test_a_larger_group_added_later_does_not_take_the_lead():
         scheduler.step(1.0 / (1 + step), 0.5 / (1 + step))
         spent += 0.1 * scheduler.get_last_wd()[0]
     assert scheduler.get_last_wd()[1] == pytest.approx(10 * scheduler.get_last_wd()[0])
-    assert scheduler.rule.efolds == pytest.approx(spent) == pytest.approx(1 - left_after(50))  # type: ignore[union-attr]
+    assert scheduler.rule.efolds == pytest.approx(spent) == pytest.approx(1 - left_after(50, 100))  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(
