@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import shutil
@@ -95,8 +96,11 @@ def test_processes_end_every_run_in_one_row(monkeypatch):
     assert multiprocessing.active_children() == []
 
 
-def test_ctrl_c_ends_the_workers_and_keeps_what_finished():
+def test_ctrl_c_ends_the_workers_and_keeps_what_finished(request: pytest.FixtureRequest):
     rows: list[Row] = []
+    # a process started in the background of a shell ignores the signal from birth
+    request.addfinalizer(functools.partial(signal.signal, signal.SIGINT, signal.getsignal(signal.SIGINT)))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def on_row(row: Row) -> None:
         rows.append(row)
