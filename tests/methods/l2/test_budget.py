@@ -404,3 +404,16 @@ def test_a_saved_leader_that_no_group_has_is_refused():
     scheduler = AutoL2(torch.optim.SGD([parameter()], lr=0.1, weight_decay=1.0), clock="efolds", steps=10)
     with pytest.raises(ValueError, match="saved largest must be one of the saved initial_weight_decay"):
         scheduler.load_state_dict({**scheduler.state_dict(), "largest": 2.0})
+
+
+@pytest.mark.parametrize("order", [(0.001, 0.1), (0.1, 0.001)])
+def test_among_groups_of_one_weight_decay_the_fastest_counts(order: tuple[float, float]):
+    """With layer-wise learning rates no group may spend more than the budget."""
+    groups = [{"params": [parameter()], "lr": lr} for lr in order]
+    optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.5, weight_decay=1.0)
+    scheduler = AutoL2(optimizer, clock="efolds", budget_efolds=1.0, steps=100)
+    spent = 0.0
+    for step in range(100):
+        scheduler.step(1.0 / (1 + step), 0.5 / (1 + step))
+        spent += 0.1 / (1 - 0.5) * max(scheduler.get_last_wd())
+    assert spent == pytest.approx(1.0)

@@ -65,8 +65,8 @@ class AutoL2(WeightDecayController):
         budget_efolds: e-folds of decay to spend over the run [1.3, what the paper's own setting comes to]; the `efolds` of a
             `Forecast` fit.
         steps: optimiser steps of the run, >= 1.
-        lr: learning rate of the run for the group that leads: a number, one value per step or a function of the 0-based
-            step; by default the rate that the optimiser has now, taken as constant.
+        lr: learning rate of the run for the group that leads (it decays most, among equals the fastest): a number, one value
+            per step or a function of the 0-based step; by default the rate that the optimiser has now, taken as constant.
 
     Warns:
         UserWarning: `lr` is left out, and a learning-rate scheduler has already moved the rate (a warm-up, say).
@@ -182,13 +182,19 @@ class AutoL2(WeightDecayController):
         return self._in_force * (initial / self._largest)
 
     def _leader(self) -> dict[str, Any]:
-        """The group with the largest initial weight decay, which gets the coefficient itself."""
-        # a group added later may have a larger one, but the coefficient goes on being that of the first leader
-        return self.optimizer.param_groups[self._initial.index(self._largest)]
+        """The group that gets the coefficient itself: largest initial weight decay, and among equals the fastest shrink.
+
+        With layer-wise learning rates the slowest group would make all others overspend. A group added later may have a
+        larger weight decay, but the coefficient goes on being that of the first leader.
+        """
+        groups = zip(self.optimizer.param_groups, self._initial, strict=False)
+        return max((group for group, initial in groups if initial == self._largest), key=self._shrink_per_decay)
+
+    def _shrink_per_decay(self, group: dict[str, Any]) -> float:
+        return float(group["lr"]) * shrink_gain(self.optimizer, group)
 
     def _rate_now(self) -> float:
-        group = self._leader()
-        return float(group["lr"]) * shrink_gain(self.optimizer, group)
+        return self._shrink_per_decay(self._leader())
 
     def _horizon(self, lr: LearningRate | None, steps: int) -> float:
         """Shrink per unit of weight decay, summed over the run."""
