@@ -9,11 +9,12 @@ import pytest
 from tests.methods.l2.figure_rows import failed, made_up, seed_noise
 
 from decaycast.core.experiment import Row, Run
+from decaycast.core.seeds import group
 from decaycast.methods.l2.figures.budget import FixedBudget, optimum
 from decaycast.methods.l2.figures.constants import Grid
 from decaycast.methods.l2.figures.controller import AgainstConstant, steps_to
 from decaycast.methods.l2.figures.prediction import Prediction, between, measured_constant
-from decaycast.methods.l2.figures.shared import group, rates
+from decaycast.methods.l2.figures.shared import rates
 
 STEPS = 8000
 GRID = Grid(config={"lr": 0.02, "momentum": 0.9, "steps": STEPS}, rates=rates(0.03, 3e-5, 13), seeds=5)

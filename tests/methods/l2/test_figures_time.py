@@ -14,6 +14,7 @@ from tests.methods.l2.figure_rows import failed, made_up, seed_noise
 
 from decaycast.core.experiment import Row, Run
 from decaycast.core.schedule import lr_by_name
+from decaycast.core.seeds import group
 from decaycast.methods.l2.figures import shared
 from decaycast.methods.l2.figures.time_to_best import TimeToBest, common_slope
 
@@ -64,7 +65,7 @@ def test_an_interval_too_wide_decides_nothing():
 
 def test_the_common_slope_is_that_of_a_regression_with_dummies():
     found = rows(-0.8, spread=0.3, seeds=1)
-    groups = shared.group(found, "lr", "weight_decay")
+    groups = group(found, "lr", "weight_decay")
     design = np.array([[math.log(d), float(lr == 0.1), float(lr == 0.05)] for lr, d in groups])
     times = np.log([shared.time_to_best(of_seed[0]) for of_seed in groups.values()])
     assert common_slope(groups, 0) == pytest.approx(np.linalg.lstsq(design, times, rcond=None)[0][0], rel=1e-9)
@@ -124,18 +125,6 @@ def test_time_to_best_is_the_papers():
     assert math.isnan(shared.best_accuracy(Row(run=run, curve=curve), 5))
 
 
-def test_intervals_are_students():
-    values = [0.3, 0.5, 0.9, 0.2, 0.6]
-    found = shared.interval(values)
-    half = 2.776 * np.std(values, ddof=1) / math.sqrt(5)
-    assert (found.low, found.high) == (pytest.approx(0.5 - half), pytest.approx(0.5 + half))
-    assert found.stderr == pytest.approx(half / 2.776)
-    assert shared.interval([1.0, 2.0]).high == pytest.approx(1.5 + 12.706 * 0.5)
-    assert shared.interval(list(range(40))).high - 19.5 == pytest.approx(
-        2.131 * np.std(range(40), ddof=1) / math.sqrt(40)
-    )
-
-
 @given(st.floats(1e-6, 0.5), st.floats(0.5, 10), st.sampled_from(["constant", "step_decay", "cosine"]))
 def test_a_ladder_spends_its_efolds(rate: float, efolds: float, schedule: str):
     ladder = shared.Ladder(
@@ -160,15 +149,6 @@ def test_rates_of_a_row_count_momentum():
     run = Run(config={"lr": 0.02, "weight_decay": 0.05, "momentum": 0.9})
     assert shared.rate_of(Row(run=run)) == pytest.approx(0.01)
     assert shared.decay_of(run.config, 0.02, 0.01) == pytest.approx(0.05)
-
-
-def test_groups_are_sorted_and_want_finished_rows():
-    runs = [Run(config={"weight_decay": decay}, seed=seed) for decay in (0.1, 0.0, 0.01) for seed in (1, 0)]
-    found = shared.group(
-        [*(Row(run=run) for run in runs), Row(run=Run(config={"weight_decay": 1.0}), status="failed")], "weight_decay"
-    )
-    assert list(found) == [0.0, 0.01, 0.1] and list(found[0.1]) == [0, 1]
-    assert shared.common_seeds([found[0.1], {1: 0, 5: 0}]) == [1] and shared.common_seeds([]) == []  # type: ignore[dict-item]
 
 
 def test_tuning_does_not_flatter_itself():

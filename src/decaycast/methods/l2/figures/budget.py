@@ -9,25 +9,10 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from decaycast.core.experiment import Panel, Row, Run, Size, Trace, Verdict
+from decaycast.core.seeds import Interval, common_seeds, group, interval, mean_trace, number, points
 from decaycast.methods.l2.figures.fc_runs import LADDERS as FC
 from decaycast.methods.l2.figures.fc_runs import train_fc_figure
-from decaycast.methods.l2.figures.shared import (
-    PAPER,
-    Interval,
-    Ladder,
-    best_accuracy,
-    best_table,
-    common_seeds,
-    group,
-    interval,
-    leader,
-    mean_trace,
-    number,
-    points,
-    rates,
-    setup,
-    tuned,
-)
+from decaycast.methods.l2.figures.shared import PAPER, Ladder, best_accuracy, best_table, leader, rates, setup, tuned
 
 SHARES = (1 / 16, 1 / 4, 1.0)  # of the longest budget; learning rates are constant, so one run shows all three
 SEEDS = 3

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from decaycast.core.experiment import Panel, Row, Run, Scalar, Size, Trace, Verdict
+from decaycast.core.seeds import common_seeds, group, interval, mean_trace, points
 from decaycast.methods.l2.figures.constants import Grid
 from decaycast.methods.l2.figures.shared import (
     PAPER,
@@ -19,12 +20,7 @@ from decaycast.methods.l2.figures.shared import (
     accuracies,
     best_accuracy,
     best_table,
-    common_seeds,
-    group,
-    interval,
     leader,
-    mean_trace,
-    points,
     setup,
     tuned,
 )

@@ -12,22 +12,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from decaycast.core.experiment import Panel, Row, Run, Scalar, Size, Trace, Verdict
+from decaycast.core.seeds import common_seeds, group, interval, mean_trace, points
 from decaycast.methods.l2.figures.fc_runs import train_fc_figure
 from decaycast.methods.l2.figures.plateau import ladder_panel
-from decaycast.methods.l2.figures.shared import (
-    PAPER,
-    Ladder,
-    best_accuracy,
-    best_table,
-    common_seeds,
-    group,
-    interval,
-    leader,
-    mean_trace,
-    points,
-    rates,
-    tuned,
-)
+from decaycast.methods.l2.figures.shared import PAPER, Ladder, best_accuracy, best_table, leader, rates, tuned
 
 FITS = 0.95  # training accuracy from which on a network is said to fit its data
 SEEDS = 5

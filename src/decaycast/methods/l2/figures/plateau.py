@@ -13,21 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from decaycast.core.experiment import Panel, Row, Run, Size, Trace, Verdict
+from decaycast.core.seeds import Interval, common_seeds, group, interval, mean_trace, points
 from decaycast.methods.l2.figures.fc_runs import train_fc_figure
-from decaycast.methods.l2.figures.shared import (
-    PAPER,
-    Interval,
-    Ladder,
-    Outcome,
-    accuracies,
-    best_accuracy,
-    common_seeds,
-    group,
-    interval,
-    mean_trace,
-    points,
-    setup,
-)
+from decaycast.methods.l2.figures.shared import PAPER, Ladder, Outcome, accuracies, best_accuracy, setup
 
 FLAT = 0.01  # of accuracy: what counts as hardly any change from end to end of the plateau
 SEEDS = 5

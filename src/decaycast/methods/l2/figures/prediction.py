@@ -8,18 +8,13 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from decaycast.core.experiment import Panel, Row, Run, Size, Trace, Verdict
+from decaycast.core.seeds import common_seeds, group, interval, mean_trace, number, points
 from decaycast.methods.l2.figures.constants import CONSTANT, Grid
 from decaycast.methods.l2.figures.shared import (
     PAPER,
     best_accuracy,
     best_table,
-    common_seeds,
-    group,
-    interval,
     leader,
-    mean_trace,
-    number,
-    points,
     rate_of,
     setup,
     time_to_best,

@@ -9,18 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from decaycast.core.experiment import Panel, Row, Run, Size, Trace, Verdict
+from decaycast.core.seeds import common_seeds, group, interval, number
 from decaycast.methods.l2.figures.fc_runs import LADDERS, train_fc_figure
-from decaycast.methods.l2.figures.shared import (
-    PAPER,
-    TOLERANCE,
-    accuracies,
-    common_seeds,
-    group,
-    interval,
-    number,
-    setup,
-    time_to_best,
-)
+from decaycast.methods.l2.figures.shared import PAPER, TOLERANCE, accuracies, setup, time_to_best
 
 WIDEST = 0.15  # of the slope's interval: a wider one says too little
 SEEDS = 3
