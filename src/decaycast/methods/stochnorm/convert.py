@@ -1,0 +1,233 @@
+"""Whole models: batch norm into StochNorm and back, in place, with a table of what was done and what was not.
+
+A layer stays the object it was and changes its class alone, as torch's lazy modules and parametrizations do. So parameters,
+buffers, hooks, flags, sharing between places, and whoever else holds the layer need no care, and nothing is copied.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from decaycast.core.hook import Hook
+from decaycast.methods.stochnorm import method
+from decaycast.methods.stochnorm.freeze import stay_in_evaluation
+
+Report = Callable[[str], object] | None
+
+_LAYERS = (
+    (nn.LazyBatchNorm1d, method.LazyStochNorm1d),
+    (nn.LazyBatchNorm2d, method.LazyStochNorm2d),
+    (nn.LazyBatchNorm3d, method.LazyStochNorm3d),
+    (nn.BatchNorm1d, method.StochNorm1d),
+    (nn.BatchNorm2d, method.StochNorm2d),
+    (nn.BatchNorm3d, method.StochNorm3d),
+    (nn.SyncBatchNorm, method.SyncStochNorm),
+)
+_ACTIVATED = {method.StochNorm2d: method.StochNormAct2d, method.SyncStochNorm: method.SyncStochNormAct}
+_ORIGINAL = "_converted_from"  # entry of a converted layer: the class it had
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One normalisation layer: its qualified names, its class before and after, and why it was left alone ("" if it was not)."""
+
+    names: tuple[str, ...]
+    was: str
+    now: str
+    reason: str = ""
+
+
+class Conversion(Hook):
+    """The hook of `decaycast.core.train`: converts the model before training; arguments as `convert`, silent by default."""
+
+    def __init__(
+        self,
+        p: float = 0.5,
+        skip: str | Iterable[str] = (),
+        generator: torch.Generator | None = None,
+        report: Report = None,
+    ) -> None:
+        self.p, self.skip, self.generator, self.report = method.probability(p), skip, generator, report
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """Convert `model` in place."""
+        return convert(model, self.p, self.skip, self.generator, self.report)
+
+
+def convert(
+    model: nn.Module,
+    p: float = 0.5,
+    skip: str | Iterable[str] = (),
+    generator: torch.Generator | None = None,
+    report: Report = print,
+) -> nn.Module:
+    """Turn every batch norm of `model` into StochNorm, in place, and return the model.
+
+    Everything but the class of the layers stays: parameters and buffers (with their requires_grad, device and optimiser),
+    `training`, hooks, layers used in several places, num_batches_tracked. SyncBatchNorm becomes SyncStochNorm, lazy layers
+    stay lazy, and norms with an activation inside (timm's BatchNormAct2d) keep it. Layers that already are StochNorm get
+    the new `p` and `generator`. Run `torch.nn.SyncBatchNorm.convert_sync_batchnorm` before this, not after: it knows
+    batch norm only.
+
+    Left alone, and said so: layers in `skip`; frozen ones (FrozenBatchNorm2d and the like; a layer in evaluation mode inside
+    a model in training mode whose parameters, if any, need no gradient; `decaycast.freeze_batch_norm`); layers without
+    running statistics, if p < 1; subclasses whose forward is not known to be batch norm; TorchScript.
+
+    Args:
+        model: any module, also a single layer.
+        p: probability of the batch's statistics, in [0, 1]; 0.5 in the paper, 1 is batch norm.
+        skip: names of layers, or patterns such as ``"layer1.*"``, to leave alone.
+        generator: where all masks are drawn from; None for torch's own.
+        report: receives the table as text; None for silence.
+
+    Raises:
+        TypeError: `model` is no module, p is no number.
+        ValueError: p outside [0, 1]; a name in `skip` that matches no layer. Nothing was converted.
+    """
+    p, layers = method.probability(p), _norms(model)
+    skipped = _skipped(layers, skip)
+    findings = []
+    for module, names in layers:
+        was = type(module).__name__
+        reason = "in skip" if skipped & set(names) else _reason_to_leave(module, model.training, p)
+        if not reason:
+            _become_stochastic(module, p, generator)
+        findings.append(Finding(names=names, was=was, now=type(module).__name__, reason=reason))
+    if report:
+        report(_table(findings, f"StochNorm, p = {p:g}", "no batch norm in this model: nothing was converted"))
+    return model
+
+
+def revert(model: nn.Module, report: Report = print) -> nn.Module:
+    """Turn every StochNorm of `model` into the batch norm it was, in place, and return the model.
+
+    Layers that were made as StochNorm become torch's batch norm of the same dimensions. The table goes to `report`.
+
+    Raises:
+        TypeError: `model` is no module.
+    """
+    findings = []
+    for module, names in _norms(model):
+        if isinstance(module, method.StochNorm):
+            was = type(module).__name__
+            _become_batch_norm(module)
+            findings.append(Finding(names=names, was=was, now=type(module).__name__))
+    if report:
+        report(_table(findings, "Batch norm again", "no StochNorm in this model: nothing was reverted"))
+    return model
+
+
+def _norms(model: nn.Module) -> list[tuple[nn.Module, tuple[str, ...]]]:
+    """Every module that is, or is named like, a batch norm, once, with all the names it has."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, _BatchNorm) or "BatchNorm" in _class_name(module):
+            names.setdefault(module, []).append(name or "(the model)")
+    return [(module, tuple(found)) for module, found in names.items()]
+
+
+def _skipped(layers: list[tuple[nn.Module, tuple[str, ...]]], skip: str | Iterable[str]) -> set[str]:
+    known = [name for _, names in layers for name in names]
+    found: set[str] = set()
+    for pattern in [skip] if isinstance(skip, str) else skip:
+        matches = fnmatch.filter(known, pattern)
+        if not matches:
+            shown = ", ".join(known[:8]) + (", ..." if len(known) > 8 else "") or "none"
+            raise ValueError(f"{pattern!r} in skip matches no batch norm of the model; there are: {shown}")
+        found |= set(matches)
+    return found
+
+
+def _reason_to_leave(module: nn.Module, model_trains: bool, p: float) -> str:
+    """Why a layer cannot or must not be converted; "" where it can."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return "TorchScript: convert before scripting"
+    if not isinstance(module, _BatchNorm):
+        return "frozen" if "Frozen" in _class_name(module) else "no subclass of torch's batch norm"
+    if stay_in_evaluation in module._forward_pre_hooks.values() or (
+        model_trains and not module.training and not any(each.requires_grad for each in module.parameters())
+    ):
+        return "frozen"
+    if not module.track_running_stats and p < 1:
+        return "no running statistics"
+    if isinstance(module, method.StochNorm):
+        return ""
+    return "" if _target(module) else "a forward of its own, not known to be batch norm"
+
+
+def _target(module: _BatchNorm) -> type[method.StochNorm] | None:
+    """The class to convert to; None for a subclass that does something else."""
+    torchs, ours = next((pair for pair in _LAYERS if isinstance(module, pair[0])), (None, None))
+    if torchs is None or ours is None:
+        return None
+    if type(module).forward is torchs.forward:
+        return ours
+    if ours in _ACTIVATED and isinstance(getattr(module, "act", None), nn.Module) and _is_norm_and_act(module):
+        return _ACTIVATED[ours]
+    return None
+
+
+@torch.no_grad()
+def _is_norm_and_act(module: _BatchNorm) -> bool:
+    """Whether evaluation is batch norm, then `drop` if there is one, then `act`: tried on numbers."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, module.num_features, 3, 3, generator=generator)
+    x = x.to(module.running_mean) if module.running_mean is not None else x
+    modes = [(each, each.training) for each in module.modules()]
+    module.eval()
+    try:
+        normed = nn.BatchNorm2d.forward(module, x)  # type: ignore[arg-type]
+        drop = getattr(module, "drop", None)
+        expected = module.act(normed if drop is None else drop(normed))  # type: ignore[operator]
+        return torch.equal(type(module).forward(module, x.clone()), expected)
+    except (RuntimeError, ValueError, TypeError):  # a forward that wants other inputs is not batch norm's
+        return False
+    finally:
+        for each, mode in modes:
+            each.training = mode
+
+
+def _become_stochastic(module: nn.Module, p: float, generator: torch.Generator | None) -> None:
+    if not isinstance(module, method.StochNorm):
+        target = _target(module)  # type: ignore[arg-type]
+        module.__dict__[_ORIGINAL] = type(module)
+        module.__class__ = target  # type: ignore[assignment]
+    module.__dict__.update(_p=p, generator=generator)
+
+
+def _become_batch_norm(module: method.StochNorm) -> None:
+    original = module.__dict__.pop(_ORIGINAL, None)
+    ours = type(module)
+    if original is None or (issubclass(original, nn.modules.lazy.LazyModuleMixin) and not hasattr(ours, "cls_to_become")):
+        original = next(torchs for torchs, own in _LAYERS if isinstance(module, own))
+    module.__class__ = original
+    for name in ("_p", "generator"):
+        module.__dict__.pop(name, None)
+
+
+def _table(findings: list[Finding], title: str, nothing: str) -> str:
+    """One line per kind of change, with the layers it happened to."""
+    if not findings:
+        return nothing
+    kinds: dict[tuple[str, str, str], list[str]] = {}
+    for found in findings:
+        kinds.setdefault((found.was, found.now, found.reason), []).append(" = ".join(found.names))
+    changed = sum(not found.reason for found in findings)
+    lines = [f"{title}: {changed} of {len(findings)} layers"]
+    for (was, now, reason), names in kinds.items():
+        what = f"{was}: left alone, {reason}" if reason else f"{was} -> {now}" if was != now else f"{was}: p and generator set"
+        shown = ", ".join(names[:3]) + (f", ... ({len(names) - 3} more)" if len(names) > 3 else "")
+        lines.append(f"  {len(names):4d}  {what}  [{shown}]")
+    return "\n".join(lines)
+
+
+def _class_name(module: nn.Module) -> str:
+    return str(getattr(module, "original_name", type(module).__name__))

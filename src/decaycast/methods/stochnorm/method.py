@@ -1,0 +1,287 @@
+"""Drop-in layers: batch norm that, in training, normalises each channel with the running statistics at random.
+
+Conventions. `p` is the probability of the *batch's* statistics: p = 1 is batch norm, p = 0 always uses the running ones (which
+still move). One mask per layer and training call, shared by all samples and positions. Parameters, buffers, state_dict and
+evaluation are those of batch norm, so state loads both ways.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as functional
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
+
+from decaycast.methods.stochnorm import theory
+from decaycast.methods.stochnorm.kernels import Statistics, mixed_norm
+
+
+class StochNorm(_BatchNorm):
+    """What the layers for 1, 2 and 3 dimensions share, and the conversion of whole models.
+
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+    >>> type(StochNorm.convert(model, p=0.5, report=None)[1]).__name__
+    'StochNorm2d'
+    >>> type(StochNorm.revert(model, report=None)[1]).__name__
+    'BatchNorm2d'
+    """
+
+    _p: float
+    generator: torch.Generator | None
+
+    def __init__(
+        self,
+        num_features: int,
+        p: float = 0.5,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        generator: torch.Generator | None = None,
+        *,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        p = probability(p)
+        if p < 1 and not track_running_stats:
+            raise ValueError(f"p = {p:g} needs running statistics; set track_running_stats=True, or p=1 for batch norm")
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
+        self._p, self.generator = p, generator
+
+    @property
+    def p(self) -> float:
+        """Probability, in [0, 1], that a channel is normalised with the batch's statistics; may be set at any time."""
+        return self._p
+
+    @p.setter
+    def p(self, value: float) -> None:
+        self._p = probability(value)
+
+    @staticmethod
+    def convert(
+        model: nn.Module,
+        p: float = 0.5,
+        skip: str | Iterable[str] = (),
+        generator: torch.Generator | None = None,
+        report: Callable[[str], object] | None = print,
+    ) -> nn.Module:
+        """Turn the batch norms of `model` into StochNorm, in place; see `decaycast.methods.stochnorm.convert.convert`."""
+        from decaycast.methods.stochnorm.convert import convert
+
+        return convert(model, p, skip, generator, report)
+
+    @staticmethod
+    def revert(model: nn.Module, report: Callable[[str], object] | None = print) -> nn.Module:
+        """Turn every StochNorm of `model` back into what it was; see `decaycast.methods.stochnorm.convert.revert`."""
+        from decaycast.methods.stochnorm.convert import revert
+
+        return revert(model, report)
+
+    def forward(self, input: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Normalise `input` of shape (n, num_features, ...).
+
+        Args:
+            input: floating; dtype and memory format are kept. In training, more than one value per channel.
+            mask: booleans of shape (num_features,), True for the batch's statistics; None draws them with probability p.
+                Evaluation, which is that of batch norm, does not look at it.
+
+        Raises:
+            ValueError: wrong dimensions or channels, a single value per channel in training, a mask of another kind.
+        """
+        self._check_input_dim(input)
+        if input.shape[1] != self.num_features:
+            raise ValueError(f"expected {self.num_features} channels, got an input of shape {tuple(input.shape)}")
+        group = self._group() if self.training else None
+        if not self.training or (self._p == 1 and mask is None and group is None):
+            return self._batch_norm(input)
+        if self.running_mean is None or self.running_var is None or not self.track_running_stats:
+            raise ValueError(f"p = {self._p:g} needs running statistics, which this layer does not track; set p = 1")
+        if input.numel() // self.num_features < 2 and group is None:
+            raise ValueError(
+                f"training needs more than one value per channel, got an input of shape {tuple(input.shape)}; use a "
+                "larger batch, or call eval() on the layer"
+            )
+        mask = self._drawn(input) if mask is None else self._checked(mask, input)
+        if torch.compiler.is_compiling() and group is None:
+            output, seen = self._traceable(input, mask)
+        else:
+            affine = self.weight, self.bias
+            output, seen = mixed_norm(input, mask, self.running_mean, self.running_var, *affine, self.eps, group)
+        self._move(seen)
+        return output
+
+    def extra_repr(self) -> str:
+        """The arguments of batch norm, and p."""
+        return f"{super().extra_repr()}, p={self._p:g}"
+
+    def _batch_norm(self, input: torch.Tensor) -> torch.Tensor:
+        """Batch norm as torch does it: evaluation, and training at p = 1 to the bit."""
+        tracked = self.track_running_stats or not self.training
+        mean, variance = (self.running_mean, self.running_var) if tracked else (None, None)
+        in_batch = self.training or (mean is None and variance is None)
+        weight = self._weight_of_new() if self.training and self.track_running_stats else 0.0
+        return functional.batch_norm(input, mean, variance, self.weight, self.bias, in_batch, weight, self.eps)
+
+    def _traceable(self, input: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, Statistics]:
+        """In plain operations, for a compiler that fuses them."""
+        wide = input.float() if input.dtype in (torch.bfloat16, torch.float16) else input
+        mean, variance = theory.batch_statistics(wide)
+        mixed = (
+            torch.where(mask, new, old.to(new.dtype))
+            for new, old in ((mean, self.running_mean), (variance, self.running_var))  # type: ignore[union-attr]
+        )
+        output = theory.normalise(wide, *mixed, self.weight, self.bias, self.eps).to(input.dtype)
+        return output, Statistics(mean.detach(), variance.detach(), input.numel() // self.num_features, mask)
+
+    def _drawn(self, input: torch.Tensor) -> torch.Tensor:
+        if self.generator is not None and self.generator.device.type != input.device.type:
+            raise ValueError(
+                f"the generator is on {self.generator.device} and the input on {input.device}; give one on the same device"
+            )
+        return torch.rand(self.num_features, generator=self.generator, device=input.device) < self._p
+
+    def _checked(self, mask: torch.Tensor, input: torch.Tensor) -> torch.Tensor:
+        if mask.dtype != torch.bool or mask.shape != (self.num_features,) or mask.device != input.device:
+            raise ValueError(
+                f"a mask holds booleans of shape ({self.num_features},) on {input.device}, got {mask.dtype} of shape "
+                f"{tuple(mask.shape)} on {mask.device}"
+            )
+        return mask
+
+    def _weight_of_new(self) -> float:
+        """Counts this batch, and returns the weight its statistics get: the momentum, or 1/batches without one."""
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            if self.momentum is None:
+                return 1.0 / float(self.num_batches_tracked)
+        return 0.0 if self.momentum is None else self.momentum
+
+    def _move(self, seen: Statistics) -> None:
+        """Move the running statistics of every channel towards the batch's, whatever its mask was."""
+        with torch.no_grad():
+            old = self.running_mean, self.running_var
+            new = theory.moved(*(o.to(seen.mean.dtype) for o in old), *seen[:3], self._weight_of_new())  # type: ignore[union-attr]
+            for buffer, value in zip(old, new, strict=True):
+                buffer.copy_(value)  # type: ignore[union-attr]
+
+    def _group(self) -> Any:
+        """The process group whose statistics are shared; None for this process alone."""
+        return None
+
+
+class StochNorm1d(StochNorm, nn.BatchNorm1d):
+    """Stochastic normalisation of (n, num_features) or (n, num_features, length); arguments as `StochNorm2d`."""
+
+
+class StochNorm2d(StochNorm, nn.BatchNorm2d):
+    """Batch norm that normalises each channel with the batch's statistics with probability p, else with the running ones.
+
+    For channel c, in training, with s ~ Bernoulli(p): y = gamma (x - M)/sqrt(V + eps) + beta, M = s mu + (1-s) m and
+    V = s v + (1-s) r; mu, v the batch's, m, r the running statistics before this batch moved them. In evaluation it is
+    batch norm. Meant for fine-tuning a pre-trained network on few data; costs what batch norm costs.
+
+    Args:
+        num_features: channels of the input, (n, num_features, height, width).
+        p: probability of the batch's statistics, in [0, 1]; the paper's 0.5. p = 1 is batch norm to the bit.
+        eps: added to the variance.
+        momentum: weight in [0, 1] of a batch in the running statistics; None for the plain average over batches.
+        generator: where masks are drawn from, on the input's device; None for torch's own (`torch.manual_seed`). Its state
+            is not part of the state_dict.
+        affine: whether to learn gamma and beta.
+        track_running_stats: False needs p = 1.
+        device: of parameters and buffers.
+        dtype: of parameters and buffers.
+
+    Raises:
+        TypeError: p is no number.
+        ValueError: p outside [0, 1]; no running statistics with p < 1.
+
+    Source: Kou, You, Long, Wang, "Stochastic Normalization", NeurIPS 2020, algorithm 1.
+
+    >>> norm = StochNorm2d(2)
+    >>> x = torch.tensor([[[[1.0]], [[1.0]]], [[[3.0]], [[3.0]]]])  # two samples, mean 2 and deviation 1 in both channels
+    >>> norm(x, mask=torch.tensor([True, False]))[:, :, 0, 0].detach().round(decimals=3)
+    tensor([[-1.,  1.],
+            [ 1.,  3.]])
+    """
+
+
+class StochNorm3d(StochNorm, nn.BatchNorm3d):
+    """Stochastic normalisation of (n, num_features, depth, height, width); arguments as `StochNorm2d`."""
+
+
+class SyncStochNorm(StochNorm):
+    """Stochastic normalisation over the batches of all ranks: statistics and masks are those of the whole batch.
+
+    One exchange per layer forward (statistics, and the first rank's mask for all) and one backward. Comes from converting
+    a model that `torch.nn.SyncBatchNorm.convert_sync_batchnorm` has prepared; unlike SyncBatchNorm it also trains on CPU.
+    Parameter gradients are this rank's share, for DistributedDataParallel to average. Arguments as `StochNorm2d`;
+    inputs have at least 2 dimensions.
+    """
+
+    def __init__(self, num_features: int, p: float = 0.5, *args: Any, process_group: Any = None, **named: Any) -> None:
+        super().__init__(num_features, p, *args, **named)
+        self.process_group = process_group
+
+    def _check_input_dim(self, input: torch.Tensor) -> None:
+        if input.ndim < 2:
+            raise ValueError(f"expected an input of at least 2 dimensions, got {input.ndim}")
+
+    def _group(self) -> Any:
+        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(self.process_group) == 1:
+            return None
+        return self.process_group or dist.group.WORLD
+
+
+class _Activated:
+    """A norm with an activation inside, as timm has them: drop and act follow the normalisation."""
+
+    def forward(self, input: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        hidden = super().forward(input, mask)  # type: ignore[misc]
+        drop = getattr(self, "drop", None)
+        return self.act(hidden if drop is None else drop(hidden))  # type: ignore[attr-defined]
+
+
+class StochNormAct2d(_Activated, StochNorm2d):
+    """StochNorm2d followed by the activation of the layer it was converted from; made by conversion only."""
+
+
+class SyncStochNormAct(_Activated, SyncStochNorm):
+    """SyncStochNorm followed by the activation of the layer it was converted from; made by conversion only."""
+
+
+class LazyStochNorm1d(_LazyNormBase, StochNorm1d):
+    """Becomes a StochNorm1d once it has seen its channels; made by conversion from LazyBatchNorm1d."""
+
+    cls_to_become = StochNorm1d  # type: ignore[assignment]
+
+
+class LazyStochNorm2d(_LazyNormBase, StochNorm2d):
+    """Becomes a StochNorm2d once it has seen its channels; made by conversion from LazyBatchNorm2d."""
+
+    cls_to_become = StochNorm2d  # type: ignore[assignment]
+
+
+class LazyStochNorm3d(_LazyNormBase, StochNorm3d):
+    """Becomes a StochNorm3d once it has seen its channels; made by conversion from LazyBatchNorm3d."""
+
+    cls_to_become = StochNorm3d  # type: ignore[assignment]
+
+
+def probability(p: float) -> float:
+    """`p` as a float in [0, 1].
+
+    Raises:
+        TypeError: no number.
+        ValueError: outside [0, 1], or NaN.
+    """
+    if isinstance(p, bool) or not isinstance(p, (int, float)):
+        raise TypeError(f"p must be a number in [0, 1], got {p!r}")
+    if math.isnan(p) or not 0 <= p <= 1:
+        raise ValueError(f"p is the probability of batch statistics and must lie in [0, 1], got {p}")
+    return float(p)
