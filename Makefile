@@ -5,7 +5,7 @@ PYTHON ?= python3
 PIP_INSTALL = -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 SOURCES := $(shell find src -type f -name '*.py' -o -type f -name '*.html')
 
-.PHONY: demo test test-fast lint format clean
+.PHONY: demo test test-fast test-timm lint format clean
 
 demo: .venv-demo/installed  ## forecast the weight decay of a network on real data, and write the page
 	.venv-demo/bin/decaycast find --data digits --train-size 512 --optimizer adamw --budget 1500 --verify
@@ -15,6 +15,9 @@ test: .venv-test/installed  ## the whole suite
 
 test-fast: .venv-test/installed  ## without the tests marked slow
 	.venv-test/bin/python -m pytest -q -m "not slow"
+
+test-timm: .venv-timm/installed  ## the tests against timm, which needs torchvision and with it torch as the registry has it (5 GB)
+	.venv-timm/bin/python -m pytest -q -m timm tests/methods/stochnorm
 
 lint: .venv-test/linters  ## style and types
 	.venv-test/bin/ruff check src tests bench
@@ -26,7 +29,7 @@ format: .venv-test/linters
 	.venv-test/bin/ruff format src tests bench
 
 clean:
-	rm -rf .venv-demo .venv-test dist
+	rm -rf .venv-demo .venv-test .venv-timm dist
 
 # one pip command with the constraint sees torch's pinned version first, so that a CPU build of it is taken where there is one
 
@@ -38,6 +41,12 @@ clean:
 .venv-test/installed: pyproject.toml constraints.txt
 	test -x .venv-test/bin/python || $(PYTHON) -m venv .venv-test
 	.venv-test/bin/python $(PIP_INSTALL) --editable '.[test]'
+	touch $@
+
+# without constraints: torchvision has no build beside the pinned CPU torch
+.venv-timm/installed: pyproject.toml
+	test -x .venv-timm/bin/python || $(PYTHON) -m venv .venv-timm
+	.venv-timm/bin/python -m pip install --quiet --disable-pip-version-check --editable . 'timm>=1.0.20' 'pytest>=8.4' 'hypothesis>=6.140'
 	touch $@
 
 .venv-test/linters: .venv-test/installed

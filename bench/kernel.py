@@ -14,9 +14,6 @@ import argparse
 import itertools
 import json
 import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,6 +24,7 @@ from torch.func import functional_call, jacrev, vmap
 from decaycast.core.kernel import ntk
 from decaycast.core.ntk import empirical_ntk
 from decaycast.lab.provenance import provenance
+from machine import fresh, memory_bytes, seconds
 
 RESULTS = Path(__file__).parent / "results"
 FEATURES, WIDTH, OUTPUTS = 64, 512, 10  # of the empirical kernel's MLP, two hidden layers
@@ -36,12 +34,6 @@ VARIANTS = {
     "ReLU, bias": {"activation": "relu", "bias_variance": 0.1},
     "erf, bias": {"activation": "erf", "bias_variance": 0.1},
 }
-
-
-def seconds(work: Callable[[], object]) -> float:
-    began = time.process_time()
-    work()
-    return time.process_time() - began
 
 
 # closed form
@@ -100,12 +92,6 @@ def textbook(model: nn.Module, x: torch.Tensor, mode: str) -> torch.Tensor:
     return sum(torch.einsum(letters, value.flatten(2), value.flatten(2)) for value in jacobian.values())
 
 
-def memory_bytes(field: str) -> int:
-    """VmRSS (resident now) or VmHWM (its peak) of this process; ru_maxrss would count the parent's peak, too."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
-
-
 def child(side: str, mode: str, n: int) -> dict:
     """Time and memory of one call in this (fresh) process."""
     torch.set_num_threads(1)
@@ -125,17 +111,12 @@ def child(side: str, mode: str, n: int) -> dict:
     return {"seconds": spent, "peak_bytes": peak, "result_bytes": result_bytes, "check": float(trace)}
 
 
-def fresh(side: str, mode: str, n: int) -> dict:
-    command = [sys.executable, __file__, "--child", side, mode, str(n)]
-    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-
-
 def empirical(mode: str, n: int, sides: tuple[str, ...], rounds: int) -> dict:
     """Seconds and peaks of all sides, in alternating rounds."""
     runs: dict[str, list[dict]] = {side: [] for side in sides}
     for _ in range(rounds):
         for side in sides:
-            runs[side].append(fresh(side, mode, n))
+            runs[side].append(fresh(__file__, side, mode, str(n)))
     row: dict = {"mode": mode, "n": n, "outputs": OUTPUTS, "runs": runs}
     for side, found in runs.items():
         row[side] = {key: statistics.median(run[key] for run in found) for key in found[0]}

@@ -35,12 +35,20 @@ SIGNATURES = {
         "val_loader": REQUIRED,
         "budget_steps": REQUIRED,
     },
+    **{
+        name: {"num_features": REQUIRED, "p": 0.5, "eps": 1e-5, "momentum": 0.1, "generator": None}
+        for name in ("StochNorm", "StochNorm1d", "StochNorm2d", "StochNorm3d")
+    },
+    "L2SP": {"optimizer": REQUIRED, "free": ()},
+    "freeze_batch_norm": {"model": REQUIRED, "layers": "*", "affine": True},
 }
 METHODS = {
     "AutoL2Rule": ("update", "state_dict", "load_state_dict"),
     "AutoL2": ("step", "get_last_wd", "state_dict", "load_state_dict"),
     "WeightDecayScheduler": ("step", "get_last_wd", "state_dict", "load_state_dict"),
     "Forecast": ("plot", "to_dict"),
+    "StochNorm": ("convert", "revert"),
+    "L2SP": ("distance", "state_dict", "load_state_dict", "remove"),
 }
 
 
@@ -115,3 +123,10 @@ def test_every_public_name_and_method_is_explained(name: str):
     for attribute, member in vars(value).items() if inspect.isclass(value) else ():
         if not attribute.startswith("_") and callable(member):
             assert inspect.getdoc(member), f"{name}.{attribute}"
+
+
+def test_conversion_takes_a_model_and_p_and_a_layer_takes_a_mask():
+    assert list(inspect.signature(dc.StochNorm.convert).parameters)[:2] == ["model", "p"]
+    assert inspect.signature(dc.StochNorm.convert).parameters["p"].default == 0.5
+    assert next(iter(inspect.signature(dc.StochNorm.revert).parameters)) == "model"
+    assert inspect.signature(dc.StochNorm2d.forward).parameters["mask"].default is None

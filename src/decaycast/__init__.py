@@ -5,6 +5,7 @@
     dc.efolds(lr=0.1, weight_decay=5e-4, steps=10_000, momentum=0.9)  # 5.0: how often weights shrink by e
     dc.effective_rate(optimizer)                                      # the same per step, for your optimiser
     dc.AutoL2(optimizer)                                              # weight decay that lowers itself
+    dc.StochNorm.convert(model, p=0.5)                                # fine-tuning on few data
 
 Importing this loads torch and numpy, nothing else: the lab, the figures and the command line are for who asks for them.
 """
@@ -19,18 +20,27 @@ from decaycast.methods.l2.autol2 import AutoL2
 from decaycast.methods.l2.find import find
 from decaycast.methods.l2.forecast import Forecast, forecast
 from decaycast.methods.l2.rule import AutoL2Rule
+from decaycast.methods.stochnorm.freeze import freeze_batch_norm
+from decaycast.methods.stochnorm.l2sp import L2SP
+from decaycast.methods.stochnorm.method import StochNorm, StochNorm1d, StochNorm2d, StochNorm3d
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "L2SP",
     "AutoL2",
     "AutoL2Rule",
     "Forecast",
+    "StochNorm",
+    "StochNorm1d",
+    "StochNorm2d",
+    "StochNorm3d",
     "WeightDecayScheduler",
     "effective_rate",
     "efolds",
     "find",
     "forecast",
+    "freeze_batch_norm",
     "infinite_width",
     "transfer",
     "weight_decay_for",

@@ -206,7 +206,9 @@ def _become_stochastic(module: nn.Module, p: float, generator: torch.Generator |
 def _become_batch_norm(module: method.StochNorm) -> None:
     original = module.__dict__.pop(_ORIGINAL, None)
     ours = type(module)
-    if original is None or (issubclass(original, nn.modules.lazy.LazyModuleMixin) and not hasattr(ours, "cls_to_become")):
+    if original is None or (
+        issubclass(original, nn.modules.lazy.LazyModuleMixin) and not hasattr(ours, "cls_to_become")
+    ):
         original = next(torchs for torchs, own in _LAYERS if isinstance(module, own))
     module.__class__ = original
     for name in ("_p", "generator"):
@@ -223,7 +225,13 @@ def _table(findings: list[Finding], title: str, nothing: str) -> str:
     changed = sum(not found.reason for found in findings)
     lines = [f"{title}: {changed} of {len(findings)} layers"]
     for (was, now, reason), names in kinds.items():
-        what = f"{was}: left alone, {reason}" if reason else f"{was} -> {now}" if was != now else f"{was}: p and generator set"
+        what = (
+            f"{was}: left alone, {reason}"
+            if reason
+            else f"{was} -> {now}"
+            if was != now
+            else f"{was}: p and generator set"
+        )
         shown = ", ".join(names[:3]) + (f", ... ({len(names) - 3} more)" if len(names) > 3 else "")
         lines.append(f"  {len(names):4d}  {what}  [{shown}]")
     return "\n".join(lines)

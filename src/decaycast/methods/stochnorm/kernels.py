@@ -16,6 +16,9 @@ from decaycast.methods.stochnorm import theory
 
 # |mu (mu - m)| <= this * v bounds the cancellation of the shifted sums to a few units in the last place
 _SAFE_SHIFT = 4.0
+_LARGE = 2**18  # values from which fewer passes pay for more calls
+_LONGEST_SUM = 8192  # values of a channel
+_STRETCH = 2**18  # values that stay in a core's cache
 
 
 class Statistics(NamedTuple):
@@ -55,48 +58,66 @@ def mixed_norm(
     """
     if not (x.is_contiguous() or _channels_last(x)):
         x = x.contiguous()
-    output, *_, mean, variance, count, mask = _MixedNorm.apply(
+    # the engine's way through functorch costs a tenth of a millisecond a call, which small layers would feel
+    function = _TransformedMixedNorm if torch._C._are_functorch_transforms_active() else _MixedNorm
+    output, *_, mean, variance, count, mask = function.apply(
         x, weight, bias, mask, running_mean, running_variance, eps, group
     )
-    return output, Statistics(mean, variance, x.numel() // x.shape[1] if group is None else count, mask)
+    return output, Statistics(mean, variance, count, mask)
+
+
+def _forward(x, weight, bias, mask, running_mean, running_variance, eps, group) -> tuple[Any, ...]:
+    """The output, and what backward and the caller need: the mixed statistics, then the parts of `Statistics`."""
+    work = torch.float32 if x.dtype in (torch.bfloat16, torch.float16) else x.dtype
+    running_mean, running_variance = running_mean.to(work), running_variance.to(work)
+    mean, variance = statistics(x, running_mean)
+    count = x.numel() // x.shape[1]
+    if group is not None:
+        mean, variance, count, mask = _of_the_group(mean, variance, count, mask, group)
+    mixed_mean = torch.where(mask, mean, running_mean)
+    mixed_variance = torch.where(mask, variance, running_variance)
+    scale, shift = (None if vector is None else vector.to(work) for vector in (weight, bias))
+    output = _normalised(x, mixed_mean, mixed_variance, scale, shift, eps)
+    return output, mixed_mean, mixed_variance, mean, variance, count, mask.clone()
 
 
 class _MixedNorm(torch.autograd.Function):
-    """Returns more than the output so that autograd can save it: the mixed statistics, then those of `Statistics`."""
+    @staticmethod
+    def forward(ctx, *inputs):  # type: ignore[override]
+        output = _forward(*inputs)
+        _MixedNorm.keep(ctx, inputs, output)
+        return output
 
     @staticmethod
-    def forward(x, weight, bias, mask, running_mean, running_variance, eps, group):
-        work = _work_dtype(x)
-        running_mean, running_variance = running_mean.to(work), running_variance.to(work)
-        mean, variance = statistics(x, running_mean)
-        count = torch.tensor(float(x.numel() // x.shape[1]), dtype=torch.float64)
-        if group is not None:
-            mean, variance, count, mask = _of_the_group(mean, variance, count, mask, group)
-        mixed_mean = torch.where(mask, mean, running_mean)
-        mixed_variance = torch.where(mask, variance, running_variance)
-        scale, shift = (None if vector is None else vector.to(work) for vector in (weight, bias))
-        output = torch.native_batch_norm(x, scale, shift, mixed_mean, mixed_variance, False, 0.0, eps)[0]
-        return output, mixed_mean, mixed_variance, mean, variance, count, mask.clone()
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
+    def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        """Save for backward; statistics carry no gradient of their own, since dx holds it."""
         x, weight, bias, _, _, _, ctx.eps, ctx.group = inputs
-        _, mixed_mean, mixed_variance, mean, variance, count, mask = output
-        ctx.mark_non_differentiable(mixed_mean, mixed_variance, mean, variance, count)
-        ctx.has_bias = bias is not None
-        ctx.save_for_backward(x, weight, mixed_mean, mixed_variance, mask, count)
+        _, mixed_mean, mixed_variance, mean, variance, ctx.count, mask = output
+        ctx.mark_non_differentiable(mixed_mean, mixed_variance, mean, variance)
+        ctx.affine = [None if vector is None else vector.dtype for vector in (weight, bias)]
+        ctx.save_for_backward(x, weight, mixed_mean, mixed_variance, mask)
 
     @staticmethod
     def backward(ctx, grad_output, *_):  # type: ignore[override]
-        if torch.is_grad_enabled():
-            grads = _differentiable_gradients(ctx, grad_output)
-        else:
-            grads = _gradients(ctx, grad_output)
-        grad_x, grad_weight, grad_bias = grads
-        weight = ctx.saved_tensors[1]
-        grad_weight = None if weight is None else grad_weight.to(weight.dtype)
-        grad_bias = grad_bias.to(grad_weight.dtype if grad_weight is not None else grad_bias.dtype)
-        return grad_x, grad_weight, grad_bias if ctx.has_bias else None, None, None, None, None, None
+        # the engine records backward itself only if someone asked for a graph of it (create_graph)
+        gradients = _differentiable_gradients if torch.is_grad_enabled() else _gradients
+        grad_x, *of_affine = gradients(ctx, grad_output)
+        of_affine = [
+            None if dtype is None else grad.to(dtype) for grad, dtype in zip(of_affine, ctx.affine, strict=True)
+        ]
+        return grad_x, *of_affine, None, None, None, None, None
+
+
+class _TransformedMixedNorm(_MixedNorm):
+    """The same under the transforms of torch.func, which ask for another shape of forward."""
+
+    @staticmethod
+    def forward(*inputs):  # type: ignore[override]
+        return _forward(*inputs)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _MixedNorm.keep(ctx, inputs, output)
 
     @staticmethod
     def vmap(info, in_dims, *args):
@@ -109,15 +130,14 @@ class _MixedNorm(torch.autograd.Function):
 def statistics(x: torch.Tensor, shift: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and biased variance per channel, accumulated in at least float32.
 
-    On CPU both come from one pass of sums over x and x (x - shift), half the time of torch's own kernel or less. This loses
-    digits where `shift` (the running mean) is far from the mean in units of the deviation; torch's kernel takes over then.
+    On CPU, of large inputs, both come from one pass of sums over x and x (x - shift), where torch's own kernel takes two.
+    This loses digits where `shift` (the running mean) is far from the mean in units of the deviation; torch's takes over then.
     """
-    count = x.numel() // x.shape[1]
-    if x.device.type == "cpu" and not x.is_complex():
-        one, zero = torch.ones_like(shift), torch.zeros_like(shift)
-        _, cross, total = torch.ops.aten.native_batch_norm_backward(
-            x, x, one, shift, one, zero, one, False, 0.0, [False, True, True]
-        )
+    if x.numel() == 0:  # a rank without samples; torch's kernels would divide by zero
+        return torch.zeros_like(shift), torch.zeros_like(shift)
+    if x.device.type == "cpu" and x.numel() >= _LARGE:
+        total, cross = _shifted_sums(x, shift)
+        count = x.numel() // x.shape[1]
         mean = total / count
         drift = mean * (mean - shift)
         variance = cross / count - drift
@@ -127,13 +147,43 @@ def statistics(x: torch.Tensor, shift: torch.Tensor) -> tuple[torch.Tensor, torc
     return mean, variance
 
 
+def _shifted_sums(x: torch.Tensor, shift: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums of x and of x (x - shift) per channel: what batch norm's backward makes of dy = x."""
+    one = torch.ones_like(shift)
+    # channels-last kernels add up row by row in the input's precision: short stretches, added up in double, keep digits
+    stretch = max(1, _LONGEST_SUM * x.shape[1] // x[:1].numel()) if _channels_last(x) else len(x)
+    parts = [_reduced(part, part, shift, one, 0.0) for part in x.split(stretch)]
+    if len(parts) == 1:
+        cross, total = parts[0]
+        return total, cross
+    cross, total = (torch.stack(each).sum(0, dtype=torch.float64).to(shift.dtype) for each in zip(*parts, strict=True))
+    return total, cross
+
+
+def _reduced(
+    grad_output: torch.Tensor, x: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums of dy xhat and of dy per channel: what an evaluating batch norm's affine parameters get as gradients."""
+    return torch.ops.aten.native_batch_norm_backward(
+        grad_output, x, None, mean, variance, None, None, False, eps, [False, True, True]
+    )[1:]
+
+
+def _normalised(x, mean, variance, weight, bias, eps) -> torch.Tensor:
+    """`theory.normalise` in one pass: batch norm's evaluation."""
+    if x.numel() == 0:
+        return torch.empty_like(x)
+    return torch.native_batch_norm(x, weight, bias, mean, variance, False, 0.0, eps)[0]
+
+
 def _gradients(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
-    x, weight, mean, variance, mask, count = ctx.saved_tensors
+    x, weight, mean, variance, mask = ctx.saved_tensors
     weight = torch.ones_like(mean) if weight is None else weight.to(mean.dtype)
     grad_output = grad_output.contiguous(memory_format=_memory_format(x))
-    _, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
-        grad_output, x, weight, mean, variance, mean, variance, False, ctx.eps, [False, True, True]
-    )
+    if x.numel() == 0:
+        grad_weight, grad_bias = torch.zeros_like(mean), torch.zeros_like(mean)
+    else:
+        grad_weight, grad_bias = _reduced(grad_output, x, mean, variance, ctx.eps)
     if not ctx.needs_input_grad[0]:
         return None, grad_weight, grad_bias
     sums = grad_weight, grad_bias
@@ -141,18 +191,29 @@ def _gradients(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None
         both = torch.cat(sums)
         dist.all_reduce(both, group=ctx.group)
         sums = both.chunk(2)
-    a, b, d = theory.input_gradient_coefficients(mask, mean, variance, weight, *sums, count.to(mean), ctx.eps)
+    a, b, d = theory.input_gradient_coefficients(mask, mean, variance, weight, *sums, ctx.count, ctx.eps)
     return _combine(grad_output, x, a, b, d), grad_weight, grad_bias
 
 
 def _combine(grad_output: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, d: torch.Tensor):
-    """A dy + B x + D with one temporary, the result."""
-    if _channels_last(x) and x.dtype == a.dtype:
-        grad_x = torch.addcmul(theory.along_channels(d, x), x, theory.along_channels(b, x))
-    else:
-        zero, one = torch.zeros_like(a), torch.ones_like(a)
-        grad_x = torch.native_batch_norm(x, b, d, zero, one, False, 0.0, 0.0)[0]
-    return grad_x.addcmul_(grad_output, theory.along_channels(a, x))
+    """A dy + B x + D with one temporary, the result (and, in reduced precision, a stretch of it)."""
+    if x.dtype == a.dtype:
+        if _channels_last(x):
+            grad_x = torch.addcmul(theory.along_channels(d, x), x, theory.along_channels(b, x))
+        else:
+            grad_x = _scaled(x, b, d)
+        return grad_x.addcmul_(grad_output, theory.along_channels(a, x))
+    # mixed dtypes leave elementwise kernels' fast path, batch norm's have one
+    grad_x = _scaled(grad_output, a, torch.zeros_like(a))
+    stretch = max(1, _STRETCH // x[:1].numel())
+    for to, part in zip(grad_x.split(stretch), x.split(stretch), strict=True):
+        to += _scaled(part, b, d)
+    return grad_x
+
+
+def _scaled(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    """Scale x + shift per channel, in x's dtype."""
+    return _normalised(x, torch.zeros_like(scale), torch.ones_like(scale), scale, shift, 0.0)
 
 
 def _differentiable_gradients(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -161,7 +222,7 @@ def _differentiable_gradients(ctx: Any, grad_output: torch.Tensor) -> tuple[torc
         raise RuntimeError(
             "the synchronised StochNorm has no double backward; use StochNorm2d, or one process, for second derivatives"
         )
-    x, weight, mixed_mean, mixed_variance, mask, _ = ctx.saved_tensors
+    x, weight, mixed_mean, mixed_variance, mask = ctx.saved_tensors
     wide = x.to(mixed_mean.dtype)
     mean, variance = theory.batch_statistics(wide)
     mean, variance = torch.where(mask, mean, mixed_mean), torch.where(mask, variance, mixed_variance)
@@ -171,9 +232,7 @@ def _differentiable_gradients(ctx: Any, grad_output: torch.Tensor) -> tuple[torc
 
 def _of_the_group(mean, variance, count, mask, group):
     """Statistics of the whole group's batch from one exchange, and its first rank's mask."""
-    if count == 0:
-        mean, variance = torch.zeros_like(mean), torch.zeros_like(variance)
-    packed = torch.cat([mean, variance, mask.to(mean.dtype), count.to(mean).view(1)])
+    packed = torch.cat([mean, variance, mask.to(mean.dtype), mean.new_tensor([count])])
     gathered = [torch.empty_like(packed) for _ in range(dist.get_world_size(group))]
     dist.all_gather(gathered, packed, group=group)
     all_of = torch.stack(gathered)
@@ -183,10 +242,6 @@ def _of_the_group(mean, variance, count, mask, group):
     mean = (counts * means).sum(0) / total
     variance = (counts * (variances + (means - mean).square())).sum(0) / total
     return mean, variance, total, masks[0] > 0.5
-
-
-def _work_dtype(x: torch.Tensor) -> torch.dtype:
-    return torch.float32 if x.dtype in (torch.bfloat16, torch.float16) else x.dtype
 
 
 def _memory_format(x: torch.Tensor) -> torch.memory_format:

@@ -164,10 +164,7 @@ class StochNorm(_BatchNorm):
     def _move(self, seen: Statistics) -> None:
         """Move the running statistics of every channel towards the batch's, whatever its mask was."""
         with torch.no_grad():
-            old = self.running_mean, self.running_var
-            new = theory.moved(*(o.to(seen.mean.dtype) for o in old), *seen[:3], self._weight_of_new())  # type: ignore[union-attr]
-            for buffer, value in zip(old, new, strict=True):
-                buffer.copy_(value)  # type: ignore[union-attr]
+            theory.move_(self.running_mean, self.running_var, *seen[:3], self._weight_of_new())  # type: ignore[arg-type]
 
     def _group(self) -> Any:
         """The process group whose statistics are shared; None for this process alone."""

@@ -33,26 +33,29 @@ def batch_statistics(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return mean, variance
 
 
-def moved(
+def move_(
     running_mean: torch.Tensor,
     running_variance: torch.Tensor,
     mean: torch.Tensor,
     variance: torch.Tensor,
     count: int | torch.Tensor,
     momentum: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Running statistics after a batch of `count` values a channel: r <- (1-a) r + a v count/(count-1), whatever the mask was.
+) -> None:
+    """Move running statistics in place after a batch of `count` values a channel, whatever the mask was.
 
-    `momentum` a in [0, 1] is the weight of the new value, as in torch.
+    m <- (1-a) m + a mu and r <- (1-a) r + a v count/(count-1); `momentum` a in [0, 1] weighs the new value, as in torch.
     """
-    unbiased = variance * (count / (count - 1))
-    return torch.lerp(running_mean, mean, momentum), torch.lerp(running_variance, unbiased, momentum)
+    for running, new in ((running_mean, mean), (running_variance, variance * (count / (count - 1)))):
+        if running.dtype == new.dtype:
+            running.lerp_(new, momentum)
+        else:
+            running.copy_(torch.lerp(running.to(new.dtype), new, momentum))
 
 
 def normalise(
     x: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor, weight: Optional, bias: Optional, eps: float
 ) -> torch.Tensor:
-    """gamma (x - M)/sqrt(V + eps) + beta per channel, in plain differentiable operations; a missing affine is 1 and 0."""
+    """Per channel gamma (x - M)/sqrt(V + eps) + beta, in plain differentiable operations; a missing affine is 1 and 0."""
     scale = torch.rsqrt(variance + eps)
     scale = scale if weight is None else scale * weight
     y = (x - along_channels(mean, x)) * along_channels(scale, x)
@@ -111,7 +114,7 @@ def gradients(
     scale = torch.rsqrt(variance + eps)
     xhat = (x - along_channels(mean, x)) * along_channels(scale, x)
     grad_bias, grad_weight = grad_output.sum(dims), (grad_output * xhat).sum(dims)
-    share = mask / (x.numel() / x.shape[1])
+    share = mask.to(x.dtype) / (x.numel() // x.shape[1])
     corrections = along_channels(share * grad_bias, x) + xhat * along_channels(share * grad_weight, x)
     scale = scale if weight is None else scale * weight
     return (grad_output - corrections) * along_channels(scale, x), grad_weight, grad_bias
@@ -133,7 +136,7 @@ def input_gradient_coefficients(
     """
     scale = torch.rsqrt(variance + eps)
     a = weight * scale
-    k = a * (mask / count)
+    k = a * (mask.to(a.dtype) / count)
     b = -k * grad_weight * scale
     return a, b, -k * grad_bias - b * mean
 
