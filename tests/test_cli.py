@@ -381,9 +381,9 @@ def test_data_says_what_is_there_and_what_to_do(decaycast: Command, tmp_path: Pa
     assert printed.code == answer.code == 0
     status = {item["name"]: item["status"] for item in answer.json}
     assert status == {"digits": "embedded"} | dict.fromkeys(
-        ("mnist", "fashion_mnist", "cifar10", "shakespeare"), "missing"
+        ("mnist", "fashion_mnist", "cifar10", "flowers89", "shakespeare"), "missing"
     )
-    assert all(name in printed.out for name in status) and printed.out.count("missing") == 4
+    assert all(name in printed.out for name in status) and printed.out.count("missing") == 5
     assert all(item["advice"] for item in answer.json if item["status"] == "missing")
 
 

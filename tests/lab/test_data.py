@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from decaycast.lab import data
+from decaycast.lab import data, image_files
 
 TRAIN, TEST = 40, 12
 REAL = os.environ.get(data.ENVIRONMENT)
@@ -47,7 +47,7 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "mnist").mkdir()
     for part, count in (("train", TRAIN), ("test", TEST)):
         x, y = images(count, seed=count)
-        for name, array in zip(data._IDX_FILES[part], (x, y), strict=True):
+        for name, array in zip(image_files.IDX_FILES[part], (x, y), strict=True):
             (tmp_path / "mnist" / f"{name}.gz").write_bytes(gzip.compress(idx(array)))
     return tmp_path
 
@@ -58,7 +58,7 @@ def rewrite(folder: Path, name: str, change) -> Path:
     return path
 
 
-TRAIN_IMAGES, TRAIN_LABELS = data._IDX_FILES["train"]
+TRAIN_IMAGES, TRAIN_LABELS = image_files.IDX_FILES["train"]
 
 
 # reading

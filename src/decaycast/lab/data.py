@@ -1,16 +1,15 @@
 """Real data sets as tensors: read from files, checked, split.
 
 `digits` comes with scikit-learn. The others are read from a folder (argument or ``DECAYCAST_DATA``) in their published
-layouts, and downloaded through scikit-learn's OpenML client when they are not there and the machine is online. Splits are
-fixed by `split_seed`, never by the training seed: two runs that differ in their seed see the same data.
+layouts, and downloaded through scikit-learn's OpenML client when they are not there and the machine is online (but for
+`flowers89` and texts, which have to be there). Splits are fixed by `split_seed`, never by the training seed: two runs that
+differ in their seed see the same data.
 """
 
 from __future__ import annotations
 
-import gzip
 import importlib.util
 import os
-import zlib
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -21,22 +20,20 @@ import torch
 import torch.nn.functional as functional
 
 from decaycast.core.names import choose
-from decaycast.lab import text
+from decaycast.lab import image_files, text
+from decaycast.lab.image_files import Arrays, DataError
 
-Arrays = tuple[np.ndarray, np.ndarray]
-NAMES = ("digits", "mnist", "fashion_mnist", "cifar10", *text.FILES)
+NAMES = ("digits", "mnist", "fashion_mnist", "cifar10", "flowers89", *text.FILES)
 ENVIRONMENT = "DECAYCAST_DATA"
-_IDX_FOLDERS = {"mnist": ("mnist", "MNIST/raw"), "fashion_mnist": ("fashion-mnist", "FashionMNIST/raw")}
-_IDX_FILES = {
-    "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
-    "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
+_FOLDERS = {
+    "mnist": ("mnist", "MNIST/raw"),
+    "fashion_mnist": ("fashion-mnist", "FashionMNIST/raw"),
+    "cifar10": ("cifar-10-batches-bin",),
+    "flowers89": ("flowers89",),
 }
-_CIFAR_FOLDER = "cifar-10-batches-bin"
+_PROBES = {"cifar10": "test_batch.bin", "flowers89": image_files.FLOWERS_FILE}
+"""The file that shows that a folder holds the data set; for those not named here, the test labels in IDX format."""
 _OPENML = {"mnist": "mnist_784", "fashion_mnist": "Fashion-MNIST", "cifar10": "CIFAR_10"}
-
-
-class DataError(ValueError):
-    """A data file is missing, damaged or not what its name says."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +103,7 @@ def load(
         train=part(images[chosen], labels[chosen]),
         validation=part(images[held_out], labels[held_out]),
         test=part(test_images[:test_count], test_labels[:test_count]),
-        classes=int(labels.max()) + 1,
+        classes=int(max(labels.max(), test_labels.max())) + 1,
     )
 
 
@@ -220,27 +217,15 @@ def _to_tensor(images: np.ndarray, pool: int) -> torch.Tensor:
 def _read(name: str, data_dir: str | Path | None) -> tuple[Arrays, Arrays]:
     """uint8 images (n, channels, height, width) and labels: (train, test)."""
     if name == "digits":
-        return _digits()
+        return image_files.digits()
     folder = _find_folder(name, data_dir)
     if folder is None:
         return _download(name, data_dir)
+    if name == "flowers89":
+        return image_files.flowers(folder / image_files.FLOWERS_FILE)
     if name == "cifar10":
-        train = [_cifar_batch(folder / f"data_batch_{i}.bin") for i in range(1, 6)]
-        images, labels = (np.concatenate([part[k] for part in train]) for k in (0, 1))
-        return (images, labels), _cifar_batch(folder / "test_batch.bin")
-    return _idx_pair(folder, "train"), _idx_pair(folder, "test")
-
-
-def _digits() -> tuple[Arrays, Arrays]:
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise DataError("the digits data come with scikit-learn: pip install 'decaycast[lab]'") from error
-    data: Any = load_digits()
-    order = np.random.default_rng(1797).permutation(len(data.target))
-    images = np.round(data.images * (255 / 16)).astype(np.uint8)[order][:, None]
-    labels = data.target[order]
-    return (images[:1400], labels[:1400]), (images[1400:], labels[1400:])
+        return image_files.cifar(folder)
+    return image_files.idx_pair(folder, "train"), image_files.idx_pair(folder, "test")
 
 
 def _roots(data_dir: str | Path | None) -> list[Path]:
@@ -254,8 +239,8 @@ def _find_folder(name: str, data_dir: str | Path | None) -> Path | None:
         file = text.find(name, _roots(data_dir))
         return file.parent if file else None
     for root in _roots(data_dir):
-        for folder in (_CIFAR_FOLDER,) if name == "cifar10" else _IDX_FOLDERS[name]:
-            probe = "test_batch.bin" if name == "cifar10" else _IDX_FILES["test"][1]
+        probe = _PROBES.get(name, image_files.IDX_FILES["test"][1])
+        for folder in _FOLDERS[name]:
             if (root / folder / probe).is_file() or (root / folder / f"{probe}.gz").is_file():
                 return root / folder
     return None
@@ -269,7 +254,11 @@ def _advice(name: str, data_dir: str | Path | None) -> str:
     roots = ", ".join(str(root) for root in _roots(data_dir)) or f"no folder given (--data-dir or {ENVIRONMENT})"
     if name in text.FILES:
         return f"looked in {roots}; put the text into <data folder>/{text.FILES[name][0]}"
-    layout = _CIFAR_FOLDER if name == "cifar10" else _IDX_FOLDERS[name][0]
+    layout = _FOLDERS[name][0]
+    if name == "flowers89":
+        return (
+            f"looked in {roots}; put {image_files.FLOWERS_FILE} into <data folder>/{layout}/: it cannot be downloaded"
+        )
     packed = _packed_folders(data_dir)
     if name == "cifar10" and packed:
         return (
@@ -279,59 +268,9 @@ def _advice(name: str, data_dir: str | Path | None) -> str:
     return f"looked in {roots}; put the published files into <data folder>/{layout}/, or go online for a download"
 
 
-def _idx_pair(folder: Path, part: str) -> Arrays:
-    image_file, label_file = _IDX_FILES[part]
-    images, labels = _idx(folder, image_file, 3), _idx(folder, label_file, 1)
-    if len(images) != len(labels):
-        raise DataError(f"{folder}: {len(images)} images in {image_file} but {len(labels)} labels in {label_file}")
-    if images.shape[1:] != (28, 28):
-        raise DataError(
-            f"{folder}: images in {image_file} have shape {images.shape[1:]}, but this data set's are 28x28"
-        )
-    if len(labels) and labels.max() > 9:
-        raise DataError(f"{folder}: {label_file} holds label {labels.max()}, but this data set has 0 to 9")
-    return images[:, None], labels
-
-
-def _idx(folder: Path, name: str, dimensions: int) -> np.ndarray:
-    """One IDX file: magic (0, 0, 8 = uint8, number of dimensions), big-endian sizes, bytes."""
-    path = folder / f"{name}.gz"
-    path = path if path.is_file() else folder / name
-    try:
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path} cannot be read ({error}); it is missing or damaged: fetch it again") from error
-    if len(raw) < 4 or raw[:3] != b"\0\0\x08" or raw[3] != dimensions:
-        raise DataError(f"{path} is no IDX file of {dimensions} dimensions (wrong magic number {raw[:4].hex()})")
-    header = 4 + 4 * dimensions
-    if len(raw) < header:
-        raise DataError(f"{path} ends after {len(raw)} bytes, inside its header: truncated?")
-    sizes = np.frombuffer(raw[4:header], dtype=">u4")
-    expected = int(np.prod(sizes, dtype=np.int64))
-    if len(raw) - header != expected:
-        raise DataError(f"{path} holds {len(raw) - header} bytes of data where its header says {expected}: truncated?")
-    return np.frombuffer(raw, dtype=np.uint8, offset=header).reshape([int(size) for size in sizes])
-
-
-def _cifar_batch(path: Path) -> Arrays:
-    """CIFAR-10's binary layout: per image one label byte, then 3,072 bytes channel by channel."""
-    try:
-        raw = np.frombuffer(path.read_bytes(), dtype=np.uint8)
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error}); fetch it again") from error
-    if len(raw) == 0 or len(raw) % 3073:
-        raise DataError(
-            f"{path} holds {len(raw)} bytes, not a multiple of 3,073: truncated or not CIFAR-10's binary layout"
-        )
-    rows = raw.reshape(-1, 3073)
-    if rows[:, 0].max() > 9:
-        raise DataError(f"{path} holds label {rows[:, 0].max()}, but CIFAR-10 has 0 to 9: not this layout")
-    return rows[:, 1:].reshape(-1, 3, 32, 32), rows[:, 0]
-
-
 def _download(name: str, data_dir: str | Path | None) -> tuple[Arrays, Arrays]:
-    if name == "cifar10" and _packed_folders(data_dir):
-        raise DataError(f"cifar10 was not found: {_advice(name, data_dir)}")
+    if name not in _OPENML or (name == "cifar10" and _packed_folders(data_dir)):
+        raise DataError(f"{name} was not found: {_advice(name, data_dir)}")
     try:
         from sklearn.datasets import fetch_openml
 

@@ -76,6 +76,7 @@ def test_everything_of_a_frozen_norm_stays_and_the_rest_moves():
     model = network()
     frozen = freeze_batch_norm(model)
     assert frozen.names == ("1", "2.0.bn", "2.1.bn", "5")
+    assert not any(model.get_submodule(name).training for name in frozen.names)  # at once, not at the first call only
     before = state(model)
     train(model, adamw(model))
     kept = {name for name in before if any(name.startswith(f"{norm}.") for norm in frozen.names)}

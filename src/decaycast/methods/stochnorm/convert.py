@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from decaycast.core.hook import Hook
 from decaycast.methods.stochnorm import method
-from decaycast.methods.stochnorm.freeze import stay_in_evaluation
+from decaycast.methods.stochnorm.freeze import is_frozen
 
 Report = Callable[[str], object] | None
 
@@ -152,7 +152,7 @@ def _reason_to_leave(module: nn.Module, model_trains: bool, p: float) -> str:
         return "TorchScript: convert before scripting"
     if not isinstance(module, _BatchNorm):
         return "frozen" if "Frozen" in _class_name(module) else "no subclass of torch's batch norm"
-    if stay_in_evaluation in module._forward_pre_hooks.values() or (
+    if is_frozen(module) or (
         model_trains and not module.training and not any(each.requires_grad for each in module.parameters())
     ):
         return "frozen"
