@@ -1,4 +1,4 @@
-"""Conversion of network definitions that people use: ResNet, EfficientNet, MobileNet, DenseNet and RegNet from timm, without weights."""
+"""Conversion of definitions people use: ResNet, EfficientNet, MobileNet, DenseNet and RegNet of timm, without weights."""
 
 from __future__ import annotations
 

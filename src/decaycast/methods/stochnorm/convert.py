@@ -9,10 +9,12 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from decaycast.core.hook import Hook
 from decaycast.methods.stochnorm import method
@@ -20,7 +22,8 @@ from decaycast.methods.stochnorm.freeze import is_frozen
 
 Report = Callable[[str], object] | None
 
-_LAYERS = (
+# pairs of torch's class and ours, the more special first
+_LAYERS: tuple[tuple[Any, Any], ...] = (
     (nn.LazyBatchNorm1d, method.LazyStochNorm1d),
     (nn.LazyBatchNorm2d, method.LazyStochNorm2d),
     (nn.LazyBatchNorm3d, method.LazyStochNorm3d),
@@ -163,7 +166,7 @@ def _reason_to_leave(module: nn.Module, model_trains: bool, p: float) -> str:
     return "" if _target(module) else "a forward of its own, not known to be batch norm"
 
 
-def _target(module: _BatchNorm) -> type[method.StochNorm] | None:
+def _target(module: Any) -> type[method.StochNorm] | None:
     """The class to convert to; None for a subclass that does something else."""
     torchs, ours = next((pair for pair in _LAYERS if isinstance(module, pair[0])), (None, None))
     if torchs is None or ours is None:
@@ -176,7 +179,7 @@ def _target(module: _BatchNorm) -> type[method.StochNorm] | None:
 
 
 @torch.no_grad()
-def _is_norm_and_act(module: _BatchNorm) -> bool:
+def _is_norm_and_act(module: Any) -> bool:
     """Whether evaluation is batch norm, then `drop` if there is one, then `act`: tried on numbers."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, module.num_features, 3, 3, generator=generator)
@@ -184,9 +187,9 @@ def _is_norm_and_act(module: _BatchNorm) -> bool:
     modes = [(each, each.training) for each in module.modules()]
     module.eval()
     try:
-        normed = nn.BatchNorm2d.forward(module, x)  # type: ignore[arg-type]
+        normed = nn.BatchNorm2d.forward(module, x)
         drop = getattr(module, "drop", None)
-        expected = module.act(normed if drop is None else drop(normed))  # type: ignore[operator]
+        expected = module.act(normed if drop is None else drop(normed))
         return torch.equal(type(module).forward(module, x.clone()), expected)
     except (RuntimeError, ValueError, TypeError):  # a forward that wants other inputs is not batch norm's
         return False
@@ -195,20 +198,18 @@ def _is_norm_and_act(module: _BatchNorm) -> bool:
             each.training = mode
 
 
-def _become_stochastic(module: nn.Module, p: float, generator: torch.Generator | None) -> None:
+def _become_stochastic(module: Any, p: float, generator: torch.Generator | None) -> None:
     if not isinstance(module, method.StochNorm):
-        target = _target(module)  # type: ignore[arg-type]
+        target: Any = _target(module)
         module.__dict__[_ORIGINAL] = type(module)
-        module.__class__ = target  # type: ignore[assignment]
+        module.__class__ = target
     module.__dict__.update(_p=p, generator=generator)
 
 
-def _become_batch_norm(module: method.StochNorm) -> None:
+def _become_batch_norm(module: Any) -> None:
     original = module.__dict__.pop(_ORIGINAL, None)
     ours = type(module)
-    if original is None or (
-        issubclass(original, nn.modules.lazy.LazyModuleMixin) and not hasattr(ours, "cls_to_become")
-    ):
+    if original is None or (issubclass(original, LazyModuleMixin) and not hasattr(ours, "cls_to_become")):
         original = next(torchs for torchs, own in _LAYERS if isinstance(module, own))
     module.__class__ = original
     for name in ("_p", "generator"):

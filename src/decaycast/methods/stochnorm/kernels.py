@@ -152,7 +152,7 @@ def _shifted_sums(x: torch.Tensor, shift: torch.Tensor) -> tuple[torch.Tensor, t
     one = torch.ones_like(shift)
     # channels-last kernels add up row by row in the input's precision: short stretches, added up in double, keep digits
     stretch = max(1, _LONGEST_SUM * x.shape[1] // x[:1].numel()) if _channels_last(x) else len(x)
-    parts = [_reduced(part, part, shift, one, 0.0) for part in x.split(stretch)]
+    parts = [_reduced(part, part, shift, one, 0.0)[1:] for part in x.split(stretch)]
     if len(parts) == 1:
         cross, total = parts[0]
         return total, cross
@@ -161,12 +161,18 @@ def _shifted_sums(x: torch.Tensor, shift: torch.Tensor) -> tuple[torch.Tensor, t
 
 
 def _reduced(
-    grad_output: torch.Tensor, x: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sums of dy xhat and of dy per channel: what an evaluating batch norm's affine parameters get as gradients."""
+    grad_output: torch.Tensor,
+    x: torch.Tensor,
+    mean: torch.Tensor,
+    variance: torch.Tensor,
+    eps: float,
+    weight: torch.Tensor | None = None,
+    scaled: bool = False,
+) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
+    """An evaluating batch norm's gradients: gamma/sqrt(V + eps) dy if `scaled`, sums of dy xhat and of dy per channel."""
     return torch.ops.aten.native_batch_norm_backward(
-        grad_output, x, None, mean, variance, None, None, False, eps, [False, True, True]
-    )[1:]
+        grad_output, x, weight, mean, variance, None, None, False, eps, [scaled, True, True]
+    )
 
 
 def _normalised(x, mean, variance, weight, bias, eps) -> torch.Tensor:
@@ -180,35 +186,34 @@ def _gradients(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None
     x, weight, mean, variance, mask = ctx.saved_tensors
     weight = torch.ones_like(mean) if weight is None else weight.to(mean.dtype)
     grad_output = grad_output.contiguous(memory_format=_memory_format(x))
+    wanted = ctx.needs_input_grad[0]
+    # elementwise kernels are slow on mixed dtypes, batch norm's are not: those scale dy as well then
+    mixed = wanted and x.dtype != mean.dtype
     if x.numel() == 0:
-        grad_weight, grad_bias = torch.zeros_like(mean), torch.zeros_like(mean)
+        grad_x, grad_weight, grad_bias = grad_output, torch.zeros_like(mean), torch.zeros_like(mean)
     else:
-        grad_weight, grad_bias = _reduced(grad_output, x, mean, variance, ctx.eps)
-    if not ctx.needs_input_grad[0]:
+        grad_x, grad_weight, grad_bias = _reduced(grad_output, x, mean, variance, ctx.eps, weight, mixed)
+    if not wanted:
         return None, grad_weight, grad_bias
-    sums = grad_weight, grad_bias
+    sums = torch.stack([grad_weight, grad_bias])
     if ctx.group is not None:
-        both = torch.cat(sums)
-        dist.all_reduce(both, group=ctx.group)
-        sums = both.chunk(2)
-    a, b, d = theory.input_gradient_coefficients(mask, mean, variance, weight, *sums, ctx.count, ctx.eps)
-    return _combine(grad_output, x, a, b, d), grad_weight, grad_bias
+        dist.all_reduce(sums, group=ctx.group)
+    a, b, d = theory.input_gradient_coefficients(mask, mean, variance, weight, sums[0], sums[1], ctx.count, ctx.eps)
+    if not mixed or grad_x is None:
+        return _combined(grad_output, x, a, b, d), grad_weight, grad_bias
+    stretch = max(1, _STRETCH // max(1, x[:1].numel()))
+    for part_of_grad, part in zip(grad_x.split(stretch), x.split(stretch), strict=True):
+        part_of_grad += _scaled(part, b, d)
+    return grad_x, grad_weight, grad_bias
 
 
-def _combine(grad_output: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, d: torch.Tensor):
-    """A dy + B x + D with one temporary, the result (and, in reduced precision, a stretch of it)."""
-    if x.dtype == a.dtype:
-        if _channels_last(x):
-            grad_x = torch.addcmul(theory.along_channels(d, x), x, theory.along_channels(b, x))
-        else:
-            grad_x = _scaled(x, b, d)
-        return grad_x.addcmul_(grad_output, theory.along_channels(a, x))
-    # mixed dtypes leave elementwise kernels' fast path, batch norm's have one
-    grad_x = _scaled(grad_output, a, torch.zeros_like(a))
-    stretch = max(1, _STRETCH // x[:1].numel())
-    for to, part in zip(grad_x.split(stretch), x.split(stretch), strict=True):
-        to += _scaled(part, b, d)
-    return grad_x
+def _combined(
+    grad_output: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, d: torch.Tensor
+) -> torch.Tensor:
+    """A dy + B x + D with one temporary, the result."""
+    a, b_view, d_view = (theory.along_channels(each, x) for each in (a, b, d))
+    grad_x = torch.addcmul(d_view, x, b_view) if _channels_last(x) else _scaled(x, b, d)
+    return grad_x.addcmul_(grad_output, a)
 
 
 def _scaled(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:

@@ -99,8 +99,7 @@ class StochNorm(_BatchNorm):
         group = self._group() if self.training else None
         if not self.training or (self._p == 1 and mask is None and group is None):
             return self._batch_norm(input)
-        if self.running_mean is None or self.running_var is None or not self.track_running_stats:
-            raise ValueError(f"p = {self._p:g} needs running statistics, which this layer does not track; set p = 1")
+        running = self._running()
         if input.numel() // self.num_features < 2 and group is None:
             raise ValueError(
                 f"training needs more than one value per channel, got an input of shape {tuple(input.shape)}; use a "
@@ -111,7 +110,7 @@ class StochNorm(_BatchNorm):
             output, seen = self._traceable(input, mask)
         else:
             affine = self.weight, self.bias
-            output, seen = mixed_norm(input, mask, self.running_mean, self.running_var, *affine, self.eps, group)
+            output, seen = mixed_norm(input, mask, *running, *affine, self.eps, group)
         self._move(seen)
         return output
 
@@ -130,13 +129,11 @@ class StochNorm(_BatchNorm):
     def _traceable(self, input: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, Statistics]:
         """In plain operations, for a compiler that fuses them."""
         wide = input.float() if input.dtype in (torch.bfloat16, torch.float16) else input
-        mean, variance = theory.batch_statistics(wide)
-        mixed = (
-            torch.where(mask, new, old.to(new.dtype))
-            for new, old in ((mean, self.running_mean), (variance, self.running_var))  # type: ignore[union-attr]
-        )
-        output = theory.normalise(wide, *mixed, self.weight, self.bias, self.eps).to(input.dtype)
-        return output, Statistics(mean.detach(), variance.detach(), input.numel() // self.num_features, mask)
+        seen = Statistics(*theory.batch_statistics(wide), input.numel() // self.num_features, mask)
+        mean, variance = (old.to(wide.dtype) for old in self._running())
+        mean, variance = torch.where(mask, seen.mean, mean), torch.where(mask, seen.variance, variance)
+        output = theory.normalise(wide, mean, variance, self.weight, self.bias, self.eps).to(input.dtype)
+        return output, Statistics(seen.mean.detach(), seen.variance.detach(), seen.count, mask)
 
     def _drawn(self, input: torch.Tensor) -> torch.Tensor:
         if self.generator is not None and self.generator.device.type != input.device.type:
@@ -161,10 +158,15 @@ class StochNorm(_BatchNorm):
                 return 1.0 / float(self.num_batches_tracked)
         return 0.0 if self.momentum is None else self.momentum
 
+    def _running(self) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.running_mean is None or self.running_var is None or not self.track_running_stats:
+            raise ValueError(f"p = {self._p:g} needs running statistics, which this layer does not track; set p = 1")
+        return self.running_mean, self.running_var
+
     def _move(self, seen: Statistics) -> None:
         """Move the running statistics of every channel towards the batch's, whatever its mask was."""
         with torch.no_grad():
-            theory.move_(self.running_mean, self.running_var, *seen[:3], self._weight_of_new())  # type: ignore[arg-type]
+            theory.move_(*self._running(), seen.mean, seen.variance, seen.count, self._weight_of_new())
 
     def _group(self) -> Any:
         """The process group whose statistics are shared; None for this process alone."""
