@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import decaycast as dc
-from decaycast.core.timescale import CONVENTIONS, group_convention, group_rate, learning_rates, shrink_rate
+from decaycast.core.timescale import CONVENTIONS, group_convention, group_rate, learning_rates, shrink_gain, shrink_rate
 
 START = 3.0
 DECOUPLED = {
@@ -124,6 +124,21 @@ def test_one_rate_per_group_and_zero_without_decay():
     ]
     optimizer = torch.optim.SGD(groups, lr=0.01)
     assert dc.effective_rate(optimizer) == pytest.approx([0.001, 0.0, 0.1])
+
+
+def test_corrected_decay_counts_from_the_largest_learning_rate():
+    # timm's AdamW with corrected_weight_decay: w <- (1 - lr**2/lr_max*lambda) w, lr_max being the one it was made with
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))], lr=0.02, weight_decay=0.1)
+    optimizer.param_groups[0].update(corrected_weight_decay=True, max_lr_snapshot=0.02)
+    assert dc.effective_rate(optimizer) == pytest.approx([0.02 * 0.1])
+    optimizer.param_groups[0]["lr"] = 0.005
+    assert dc.effective_rate(optimizer) == pytest.approx([0.005**2 / 0.02 * 0.1])
+    by_formula = dc.efolds(lr=[0.02, 0.005], weight_decay=0.1, steps=2, convention="corrected")
+    assert by_formula == pytest.approx(0.02 * 0.1 + dc.effective_rate(optimizer)[0])
+    assert shrink_gain(optimizer, optimizer.param_groups[0]) == 0.25
+    del optimizer.param_groups[0]["max_lr_snapshot"]
+    with pytest.raises(ValueError, match="says corrected_weight_decay but not the largest learning rate"):
+        dc.effective_rate(optimizer)
 
 
 def test_rates_follow_the_current_learning_rate_also_as_a_tensor():

@@ -146,7 +146,8 @@ def effective_rate(optimizer: Any) -> list[float]:
 
     Args:
         optimizer: a torch optimiser: SGD, Adam(decoupled_weight_decay=True), AdamW, NAdam/RAdam with
-            ``decoupled_weight_decay=True``, Muon; or any whose groups say ``decoupled_weight_decay``.
+            ``decoupled_weight_decay=True``, Muon; or any whose groups say ``decoupled_weight_decay``. AdamW and Lion of timm
+            count with their corrected decay, where a group asks for it.
             Groups without decay give 0.0 whatever the optimiser.
 
     Returns:
@@ -166,7 +167,7 @@ def group_rate(optimizer: Any, group: dict[str, Any]) -> float:
     if weight_decay == 0:
         return 0.0
     if group_convention(optimizer, group) == "decoupled":
-        return lr * weight_decay
+        return lr * weight_decay * _correction(group)
     momentum, dampening = _heavy_ball(group)
     return float(shrink_rate(lr, weight_decay, momentum=momentum, dampening=dampening))
 
@@ -174,12 +175,25 @@ def group_rate(optimizer: Any, group: dict[str, Any]) -> float:
 def shrink_gain(optimizer: Any, group: dict[str, Any]) -> float:
     """What lr*weight_decay is multiplied with to give the shrink per step of this group while that is slow.
 
-    1 for decoupled decay, (1-d)/(1-b) for SGD with momentum b and dampening d. Errors as `effective_rate`.
+    1 for decoupled decay, lr/lr_max where it is corrected (timm), (1-d)/(1-b) for SGD with momentum b and dampening d. Errors
+    as `effective_rate`.
     """
     if group_convention(optimizer, group) == "decoupled":
-        return 1.0
+        return _correction(group)
     momentum, dampening = _heavy_ball(group)
     return (1.0 - dampening) / (1.0 - momentum)
+
+
+def _correction(group: dict[str, Any]) -> float:
+    """lr/lr_max for groups that say ``corrected_weight_decay``, as timm's do; else 1."""
+    if not group.get("corrected_weight_decay"):
+        return 1.0
+    if "max_lr_snapshot" not in group:
+        raise ValueError(
+            "this group says corrected_weight_decay but not the largest learning rate it is measured against "
+            '(max_lr_snapshot, as timm keeps it); compute the rate with efolds(convention="corrected") instead'
+        )
+    return float(group["lr"]) / float(group["max_lr_snapshot"])
 
 
 def _heavy_ball(group: dict[str, Any]) -> tuple[float, float]:

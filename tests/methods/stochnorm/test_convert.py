@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 from typing import Any
 
 import pytest
@@ -12,16 +13,8 @@ from torch import nn
 from decaycast.core.train import train
 from decaycast.methods.stochnorm.convert import Conversion
 from decaycast.methods.stochnorm.freeze import freeze_batch_norm
-from decaycast.methods.stochnorm.method import (
-    LazyStochNorm2d,
-    StochNorm,
-    StochNorm1d,
-    StochNorm2d,
-    StochNorm3d,
-    StochNormAct2d,
-    SyncStochNorm,
-    SyncStochNormAct,
-)
+from decaycast.methods.stochnorm.method import StochNorm, StochNorm1d, StochNorm2d, StochNorm3d
+from decaycast.methods.stochnorm.variants import LazyStochNorm2d, SyncStochNorm
 
 
 class BatchNormAct2d(nn.BatchNorm2d):
@@ -56,7 +49,40 @@ class Doubling(nn.BatchNorm2d):
 
 
 class Renamed(nn.BatchNorm2d):
-    """Batch norm under another name."""
+    """Batch norm under another name, with a method of its own."""
+
+    def spread(self) -> torch.Tensor:
+        return self.running_var.sqrt()
+
+
+class Chosen(BatchNormAct2d):
+    """A forward with an argument more."""
+
+    def forward(self, x: torch.Tensor, domain: int = 0) -> torch.Tensor:
+        return super().forward(x)
+
+
+class LazyRenamed(nn.LazyBatchNorm2d): ...
+
+
+class OwnStochNorm(StochNorm2d): ...
+
+
+def with_its_own_forward() -> nn.Module:
+    layer = nn.BatchNorm2d(3)
+    layer.forward = lambda x: x  # type: ignore[method-assign,assignment]
+    return layer
+
+
+class Doubled(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+
+def parametrized(kind: type[nn.Module]) -> nn.Module:
+    layer = kind(3)
+    torch.nn.utils.parametrize.register_parametrization(layer, "weight", Doubled())
+    return layer
 
 
 class FrozenBatchNorm2d(nn.Module):
@@ -170,7 +196,8 @@ def test_an_activation_inside_is_kept(act: nn.Module, drop: nn.Module | None):
     model(images())
     expected, keys = copy.deepcopy(model).eval()(images()), list(model.state_dict())
     StochNorm.convert(model, p=0.5, report=None)
-    assert type(model[1]) is StochNormAct2d and isinstance(model[1], StochNorm2d) and model[1].act is act
+    assert type(model[1]).__name__ == "StochNormAct2d" and model[1].act is act
+    assert isinstance(model[1], StochNorm2d) and isinstance(model[1], BatchNormAct2d)
     assert list(model.state_dict()) == keys and all(each.training for each in model.modules())
     assert torch.equal(model.eval()(images()), expected)
     mask, hidden = torch.tensor([True, False, True, False]), model[0](images())
@@ -185,7 +212,8 @@ def test_synchronised_norms():
     group = object()
     model = nn.Sequential(nn.SyncBatchNorm(4, process_group=group), SyncBatchNormAct(4))
     StochNorm.convert(model, report=None)
-    assert [type(each) for each in model] == [SyncStochNorm, SyncStochNormAct]
+    assert [type(each).__name__ for each in model] == ["SyncStochNorm", "SyncStochNormAct"]
+    assert all(isinstance(each, SyncStochNorm) for each in model) and isinstance(model[1], SyncBatchNormAct)
     assert model[0].process_group is group
     model[0].process_group = None
     model(torch.randn(2, 4, 3, 3))
@@ -215,8 +243,22 @@ def test_lazy_layers_come_back_lazy():
 def test_a_subclass_that_is_batch_norm():
     model = nn.Sequential(Renamed(3))
     StochNorm.convert(model, report=None)
-    assert type(model[0]) is StochNorm2d
+    assert isinstance(model[0], StochNorm2d) and isinstance(model[0], Renamed)
+    assert repr(model[0]).startswith("StochRenamed(3, ") and torch.equal(model[0].spread(), torch.ones(3))
     assert type(StochNorm.revert(model, report=None)[0]) is Renamed
+
+
+@pytest.mark.parametrize("layer", [Renamed(3), BatchNormAct2d(3, nn.SiLU())], ids=lambda layer: type(layer).__name__)
+def test_derived_layers_are_copied_and_saved(layer: nn.Module):
+    kind, kept = type(layer), io.BytesIO()
+    model = StochNorm.convert(nn.Sequential(nn.Conv2d(3, 3, 1), copy.deepcopy(layer)), p=0.25, report=None)
+    model(images())
+    torch.save(model, kept)
+    kept.seek(0)
+    for other in (copy.deepcopy(model), torch.load(kept, weights_only=False)):
+        assert type(other[1]) is type(model[1]) and other[1].p == 0.25
+        assert torch.equal(other[1].running_mean, model[1].running_mean)
+        assert type(StochNorm.revert(other, report=None)[1]) is kind
 
 
 def test_layers_made_as_stochastic_norms_become_batch_norms():
@@ -240,7 +282,11 @@ def frozen_layer() -> nn.Module:
         (nn.BatchNorm2d(3, affine=False).eval(), "BatchNorm2d: left alone, frozen"),
         (FrozenBatchNorm2d(), "FrozenBatchNorm2d: left alone, frozen"),
         (nn.BatchNorm2d(3, track_running_stats=False), "BatchNorm2d: left alone, no running statistics"),
+        (nn.BatchNorm2d(3).requires_grad_(False).eval(), "BatchNorm2d: left alone, frozen"),
         (Doubling(3), "Doubling: left alone, a forward of its own, not known to be batch norm"),
+        (Chosen(3, nn.ReLU()), "Chosen: left alone, a forward of its own, not known to be batch norm"),
+        (with_its_own_forward(), "BatchNorm2d: left alone, a forward of its own, not known to be batch norm"),
+        (parametrized(nn.BatchNorm2d), "ParametrizedBatchNorm2d: left alone, parametrized"),
         (torch.nn.Sequential(nn.Conv2d(3, 3, 1)), "no batch norm in this model: nothing was converted"),
     ],
     ids=str,
@@ -251,6 +297,34 @@ def test_left_alone_and_said_so(layer: nn.Module, reason: str):
     assert reason in told(model)
     assert type(model[0]) is kind and [each.training for each in model.modules()] == flags
     assert all(torch.equal(value, state[name]) for name, value in model[0].state_dict().items())
+
+
+def test_a_lazy_class_of_ones_own_is_converted_once_it_has_seen_data():
+    model = nn.Sequential(LazyRenamed())
+    assert "LazyRenamed: left alone, lazy and a class of its own: call the model once first" in told(model)
+
+
+def test_frozen_in_a_model_in_evaluation():
+    model = network().eval()
+    model[1].requires_grad_(False)
+    assert "1  BatchNorm2d: left alone, frozen  [1]" in told(model) and type(model[5]) is StochNorm1d
+    everything = network().eval().requires_grad_(False)  # a model for inference, nothing held on purpose
+    assert "3 of 3 layers" in told(everything)
+
+
+@pytest.mark.parametrize(
+    ("layer", "reason"),
+    [
+        (parametrized(StochNorm2d), "ParametrizedStochNorm2d: left alone, parametrized"),
+        (OwnStochNorm(3), "OwnStochNorm: left alone, a class of its own"),
+    ],
+    ids=["parametrized", "own"],
+)
+def test_not_reverted_and_said_so(layer: nn.Module, reason: str):
+    words: list[str] = []
+    kind = type(layer)
+    assert type(StochNorm.revert(nn.Sequential(layer), report=words.append)[0]) is kind
+    assert reason in words[0]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -272,6 +346,10 @@ def test_layers_held_in_evaluation_are_frozen_even_before_their_first_call():
 def test_without_statistics_p_one_is_fine():
     model = nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False))
     assert type(StochNorm.convert(model, p=1, report=None)[0]) is StochNorm2d
+
+
+def test_nothing_to_skip():
+    assert "3 of 3" in told(network(), skip=None)
 
 
 @pytest.mark.parametrize("skip", [("1", "5"), "[15]", iter(["1", "5"])])
@@ -337,7 +415,7 @@ def test_nothing_is_converted_on_bad_input():
     with pytest.raises(ValueError, match=r"'bn1' in skip matches no batch norm of the model; there are: 1, 2.1, 5"):
         StochNorm.convert(model, skip=("1", "bn1"))
     assert type(model[1]) is nn.BatchNorm2d
-    with pytest.raises(ValueError, match="Conversion|must lie in"):
+    with pytest.raises(ValueError, match=r"must lie in \[0, 1\], got -1"):
         Conversion(p=-1)
 
 

@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from decaycast.methods.stochnorm.method import StochNorm, SyncStochNorm
+from decaycast.methods.stochnorm.method import StochNorm
+from decaycast.methods.stochnorm.variants import SyncStochNorm
 
 CHANNELS, RANKS = 6, 2
 MASK = torch.tensor([True, False, True, True, False, False])
@@ -60,6 +61,10 @@ def run_rank(rank: int, folder: Path) -> None:
     found["uneven_mean"] = uneven.running_mean.clone()
     alone = SyncStochNorm(2, p=0.5)(torch.tensor([[float(rank), 1.0]]), torch.tensor([True, True]))
     found["one_value_a_rank"] = alone.detach()
+    try:
+        SyncStochNorm(2)(torch.ones(1 - rank, 2))
+    except ValueError as error:
+        found["too_few"] = torch.tensor([ord(letter) for letter in str(error)])
     part = (piece[:0] if rank else piece).clone().requires_grad_()
     uneven.zero_grad()
     output = uneven(part, MASK)
@@ -130,6 +135,13 @@ def test_one_value_a_rank_and_an_empty_rank(ranks: list[dict[str, torch.Tensor]]
     output.square().sum().backward()
     torch.testing.assert_close(ranks[0]["empty"], output.detach(), rtol=1e-11, atol=1e-12)
     torch.testing.assert_close(ranks[0]["empty_x"], x.grad, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.slow
+def test_one_value_in_all(ranks: list[dict[str, torch.Tensor]]):
+    for found in ranks:
+        words = "".join(chr(code) for code in found["too_few"].tolist())
+        assert "training needs more than one value per channel, and 2 ranks have 1 together" in words
 
 
 @pytest.mark.slow

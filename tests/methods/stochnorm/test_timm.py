@@ -93,3 +93,15 @@ def test_frozen_norms_are_left_alone():
     words: list[str] = []
     StochNorm.convert(model, report=words.append)
     assert "FrozenBatchNormAct2d: left alone, frozen" in words[0] and "47 of 49 layers" in words[0]
+
+
+def test_a_converted_network_can_still_be_frozen_by_timm():
+    from timm.layers import FrozenBatchNormAct2d, freeze_batch_norm_2d
+
+    model = StochNorm.convert(network("efficientnet_b0"), report=None).eval()
+    with torch.no_grad():
+        expected = model(IMAGES)
+        frozen = freeze_batch_norm_2d(model)
+        torch.testing.assert_close(frozen(IMAGES), expected)
+    assert not any(isinstance(each, StochNorm) for each in frozen.modules())
+    assert sum(isinstance(each, FrozenBatchNormAct2d) for each in frozen.modules()) == 49

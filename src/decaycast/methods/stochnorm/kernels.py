@@ -14,20 +14,23 @@ import torch.distributed as dist
 
 from decaycast.methods.stochnorm import theory
 
-# |mu (mu - m)| <= this * v bounds the cancellation of the shifted sums to a few units in the last place
-_SAFE_SHIFT = 4.0
+# |mu| (|mu| + |mu - m|) <= this * v bounds what shifted sums lose to a few units in the last place
+_SAFE_SHIFT = 16.0
+_FEW = 1 / 8  # of the channels: sums made again for these alone
 _LARGE = 2**18  # values from which fewer passes pay for more calls
 _LONGEST_SUM = 8192  # values of a channel
 _STRETCH = 2**18  # values that stay in a core's cache
 
 
 class Statistics(NamedTuple):
-    """What a batch has seen per channel: mean, biased variance, the number of values, and the mask in force."""
+    """Per channel: what a batch has seen (mean, biased variance, number of values), the mask, and the mixture it chose."""
 
     mean: torch.Tensor
     variance: torch.Tensor
     count: int | torch.Tensor
     mask: torch.Tensor
+    mixed_mean: torch.Tensor
+    mixed_variance: torch.Tensor
 
 
 def mixed_norm(
@@ -55,25 +58,25 @@ def mixed_norm(
 
     Returns:
         The output, and the batch's statistics (of the whole group's batch), without gradient.
+
+    Raises:
+        RuntimeError: under vmap, or asked for a forward-mode derivative.
+        ValueError: one value per channel in the whole group.
     """
-    if not (x.is_contiguous() or _channels_last(x)):
-        x = x.contiguous()
+    x = _dense(x)
     # the engine's way through functorch costs a tenth of a millisecond a call, which small layers would feel
     function = _TransformedMixedNorm if torch._C._are_functorch_transforms_active() else _MixedNorm
-    output, *_, mean, variance, count, mask = function.apply(
+    output, mixed_mean, mixed_variance, mean, variance, count, mask = function.apply(
         x, weight, bias, mask, running_mean, running_variance, eps, group
     )
-    return output, Statistics(mean, variance, count, mask)
+    return output, Statistics(mean, variance, count, mask, mixed_mean, mixed_variance)
 
 
 def _forward(x, weight, bias, mask, running_mean, running_variance, eps, group) -> tuple[Any, ...]:
     """The output, and what backward and the caller need: the mixed statistics, then the parts of `Statistics`."""
     work = torch.float32 if x.dtype in (torch.bfloat16, torch.float16) else x.dtype
     running_mean, running_variance = running_mean.to(work), running_variance.to(work)
-    mean, variance = statistics(x, running_mean)
-    count = x.numel() // x.shape[1]
-    if group is not None:
-        mean, variance, count, mask = _of_the_group(mean, variance, count, mask, group)
+    mean, variance, count, mask = measured(x, mask, running_mean, group)
     mixed_mean = torch.where(mask, mean, running_mean)
     mixed_variance = torch.where(mask, variance, running_variance)
     scale, shift = (None if vector is None else vector.to(work) for vector in (weight, bias))
@@ -107,6 +110,12 @@ class _MixedNorm(torch.autograd.Function):
         ]
         return grad_x, *of_affine, None, None, None, None, None
 
+    @staticmethod
+    def jvp(ctx, *_):  # type: ignore[override]
+        raise RuntimeError(
+            "StochNorm in training mode has no forward-mode derivative; use reverse mode (torch.func.vjp or grad), or eval()"
+        )
+
 
 class _TransformedMixedNorm(_MixedNorm):
     """The same under the transforms of torch.func, which ask for another shape of forward."""
@@ -121,30 +130,52 @@ class _TransformedMixedNorm(_MixedNorm):
 
     @staticmethod
     def vmap(info, in_dims, *args):
-        raise RuntimeError(
-            "StochNorm in training mode cannot be vmapped: each sample would need running statistics of its own; call "
-            "eval() first, or map over the batch with an ordinary forward pass"
-        )
+        raise RuntimeError(NO_VMAP)
+
+
+NO_VMAP = (
+    "StochNorm in training mode cannot be vmapped: each sample would need running statistics of its own; call eval() first, "
+    "or map over the batch with an ordinary forward pass"
+)
+
+
+def measured(
+    x: torch.Tensor, mask: torch.Tensor, shift: torch.Tensor, group: Any = None
+) -> tuple[torch.Tensor, torch.Tensor, int | torch.Tensor, torch.Tensor]:
+    """Mean, biased variance, values per channel and mask: of x, or of what all ranks of `group` hold together."""
+    mean, variance = statistics(x, shift)
+    count = x.numel() // x.shape[1]
+    return (mean, variance, count, mask) if group is None else _of_the_group(mean, variance, count, mask, group)
 
 
 def statistics(x: torch.Tensor, shift: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and biased variance per channel, accumulated in at least float32.
 
     On CPU, of large inputs, both come from one pass of sums over x and x (x - shift), where torch's own kernel takes two.
-    This loses digits where `shift` (the running mean) is far from the mean in units of the deviation; torch's takes over then.
+    This loses digits in channels whose mean, or its distance from `shift` (the running mean), is many deviations; torch's
+    kernel does those.
     """
     if x.numel() == 0:  # a rank without samples; torch's kernels would divide by zero
         return torch.zeros_like(shift), torch.zeros_like(shift)
-    if x.device.type == "cpu" and x.numel() >= _LARGE:
-        total, cross = _shifted_sums(x, shift)
-        count = x.numel() // x.shape[1]
-        mean = total / count
-        drift = mean * (mean - shift)
-        variance = cross / count - drift
-        if bool((drift.abs() <= _SAFE_SHIFT * variance).all()):
-            return mean, variance
-    mean, variance = torch.batch_norm_update_stats(x, None, None, 0.0)
+    if x.device.type != "cpu" or x.numel() < _LARGE:
+        return _torchs_statistics(x, shift)
+    total, cross = _shifted_sums(x, shift)
+    count = x.numel() // x.shape[1]
+    mean = total / count
+    drift = mean - shift
+    variance = cross / count - mean * drift
+    doubtful = ~(mean.abs() * (mean.abs() + drift.abs()) <= _SAFE_SHIFT * variance)
+    many = int(doubtful.sum())
+    if many > _FEW * len(mean):
+        return _torchs_statistics(x, shift)
+    if many:
+        mean[doubtful], variance[doubtful] = _torchs_statistics(x[:, doubtful].contiguous(), shift[doubtful])
     return mean, variance
+
+
+def _torchs_statistics(x: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    # the kernel gives statistics in the dtype of the buffers it would move, or of x without any
+    return torch.batch_norm_update_stats(x, torch.zeros_like(like), torch.ones_like(like), 0.0)
 
 
 def _shifted_sums(x: torch.Tensor, shift: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -170,8 +201,12 @@ def _reduced(
     scaled: bool = False,
 ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
     """An evaluating batch norm's gradients: gamma/sqrt(V + eps) dy if `scaled`, sums of dy xhat and of dy per channel."""
+    if weight is None:
+        weight = torch.ones_like(mean)
+    # the kernel of CPU reads mean and variance, that of CUDA asks for mean and 1/deviation
+    saved = mean, torch.rsqrt(variance + eps)
     return torch.ops.aten.native_batch_norm_backward(
-        grad_output, x, weight, mean, variance, None, None, False, eps, [scaled, True, True]
+        grad_output, x, weight, mean, variance, *saved, False, eps, [scaled, True, True]
     )
 
 
@@ -244,9 +279,23 @@ def _of_the_group(mean, variance, count, mask, group):
     means, variances, masks = all_of[:, :-1].chunk(3, dim=1)
     counts = all_of[:, -1:]
     total = counts.sum()
+    if count < 2 and float(total) < 2:
+        raise ValueError(
+            f"training needs more than one value per channel, and {len(masks)} ranks have {int(total)} together; use "
+            "larger batches"
+        )
     mean = (counts * means).sum(0) / total
     variance = (counts * (variances + (means - mean).square())).sum(0) / total
     return mean, variance, total, masks[0] > 0.5
+
+
+def _dense(x: torch.Tensor) -> torch.Tensor:
+    """The same tensor, or a copy without gaps in the layout nearest to its own."""
+    if x.is_contiguous() or _channels_last(x):
+        return x
+    if x.ndim in (4, 5) and x.shape[1] > 1 and x.stride(1) == 1:
+        return x.contiguous(memory_format=torch.channels_last if x.ndim == 4 else torch.channels_last_3d)
+    return x.contiguous()
 
 
 def _memory_format(x: torch.Tensor) -> torch.memory_format:

@@ -9,16 +9,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from numbers import Real
 from typing import Any
 
 import torch
-import torch.distributed as dist
+import torch.fx
 import torch.nn.functional as functional
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from decaycast.methods.stochnorm import theory
-from decaycast.methods.stochnorm.kernels import Statistics, mixed_norm
+from decaycast.methods.stochnorm.kernels import NO_VMAP, measured, mixed_norm
+from decaycast.methods.stochnorm.recomputation import Calls, recomputing
+
+REMEMBERED = "_remembered_calls"  # entry of a layer that has been called in training
+
+
+@torch.library.custom_op("decaycast::snapshot", mutates_args=(), schema="(Tensor vector) -> Tensor")
+def snapshot(vector: torch.Tensor) -> torch.Tensor:
+    """A copy that compilers keep for backward, since they do not see into it."""
+    return vector.clone()
+
+
+snapshot.register_fake(torch.empty_like)
 
 
 class StochNorm(_BatchNorm):
@@ -47,6 +60,8 @@ class StochNorm(_BatchNorm):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        if type(self) is StochNorm:
+            raise TypeError("StochNorm is what the layers share; make a StochNorm1d, StochNorm2d or StochNorm3d")
         p = probability(p)
         if p < 1 and not track_running_stats:
             raise ValueError(f"p = {p:g} needs running statistics; set track_running_stats=True, or p=1 for batch norm")
@@ -66,7 +81,7 @@ class StochNorm(_BatchNorm):
     def convert(
         model: nn.Module,
         p: float = 0.5,
-        skip: str | Iterable[str] = (),
+        skip: str | Iterable[str] | None = (),
         generator: torch.Generator | None = None,
         report: Callable[[str], object] | None = print,
     ) -> nn.Module:
@@ -91,27 +106,29 @@ class StochNorm(_BatchNorm):
                 Evaluation, which is that of batch norm, does not look at it.
 
         Raises:
+            TypeError: an input that is not floating.
             ValueError: wrong dimensions or channels, a single value per channel in training, a mask of another kind.
+            RuntimeError: symbolic tracing, vmap or forward-mode derivatives in training mode; a forward during a backward
+                pass that repeats none of the layer's last ones.
         """
-        self._check_input_dim(input)
-        if input.shape[1] != self.num_features:
-            raise ValueError(f"expected {self.num_features} channels, got an input of shape {tuple(input.shape)}")
+        if isinstance(input, torch.fx.Proxy):
+            return self._symbolic(input)
+        self._check(input)
         group = self._group() if self.training else None
         if not self.training or (self._p == 1 and mask is None and group is None):
             return self._batch_norm(input)
-        running = self._running()
-        if input.numel() // self.num_features < 2 and group is None:
-            raise ValueError(
-                f"training needs more than one value per channel, got an input of shape {tuple(input.shape)}; use a "
-                "larger batch, or call eval() on the layer"
-            )
-        mask = self._drawn(input) if mask is None else self._checked(mask, input)
-        if torch.compiler.is_compiling() and group is None:
-            output, seen = self._traceable(input, mask)
-        else:
-            affine = self.weight, self.bias
-            output, seen = mixed_norm(input, mask, *running, *affine, self.eps, group)
-        self._move(seen)
+        self._check_training(input, group)
+        if mask is not None:
+            mask = self._checked(mask, input)
+        if group is None and (torch.compiler.is_compiling() or not _plain(input)):
+            return self._traceable(input, self._drawn(input) if mask is None else mask)
+        if recomputing():
+            return self._again(input, mask, group)
+        mask = self._drawn(input) if mask is None else mask
+        output, seen = mixed_norm(input, mask, *self._running(), self.weight, self.bias, self.eps, group)
+        self._move(seen.mean, seen.variance, seen.count)
+        if not torch._C._are_functorch_transforms_active():
+            self._calls().remember(seen)
         return output
 
     def extra_repr(self) -> str:
@@ -126,21 +143,70 @@ class StochNorm(_BatchNorm):
         weight = self._weight_of_new() if self.training and self.track_running_stats else 0.0
         return functional.batch_norm(input, mean, variance, self.weight, self.bias, in_batch, weight, self.eps)
 
-    def _traceable(self, input: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, Statistics]:
-        """In plain operations, for a compiler that fuses them."""
+    def _symbolic(self, input: Any) -> Any:
+        """`torch.fx.symbolic_trace`: a batch norm in the graph."""
+        if self.training:
+            raise RuntimeError(
+                "StochNorm cannot be traced symbolically in training mode; call eval() on the model first"
+            )
+        return self._batch_norm(input)
+
+    def _check(self, input: torch.Tensor) -> None:
+        self._check_input_dim(input)
+        if input.shape[1] != self.num_features:
+            raise ValueError(f"expected {self.num_features} channels, got an input of shape {tuple(input.shape)}")
+        if not input.is_floating_point():
+            raise TypeError(f"expected a floating input, got {input.dtype}; convert it first")
+
+    def _check_training(self, input: torch.Tensor, group: Any) -> None:
+        self._running()
+        if group is None and input.numel() // max(1, self.num_features) < 2:
+            raise ValueError(
+                f"training needs more than one value per channel, got an input of shape {tuple(input.shape)}; use a "
+                "larger batch, or call eval() on the layer"
+            )
+        if _mapped(input):
+            raise RuntimeError(NO_VMAP)
+
+    def _traceable(self, input: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """In plain operations: for a compiler that fuses them, for devices without kernels of batch norm, for subclasses."""
         wide = input.float() if input.dtype in (torch.bfloat16, torch.float16) else input
-        seen = Statistics(*theory.batch_statistics(wide), input.numel() // self.num_features, mask)
-        mean, variance = (old.to(wide.dtype) for old in self._running())
-        mean, variance = torch.where(mask, seen.mean, mean), torch.where(mask, seen.variance, variance)
-        output = theory.normalise(wide, mean, variance, self.weight, self.bias, self.eps).to(input.dtype)
-        return output, Statistics(seen.mean.detach(), seen.variance.detach(), seen.count, mask)
+        mean, variance = theory.batch_statistics(wide)
+        # a compiler may compute in backward again what it has not saved, from buffers that have moved by then
+        m, r = (snapshot(old) if torch.compiler.is_compiling() else old.clone() for old in self._running())
+        mixed_mean = torch.where(mask, mean, m.to(wide.dtype))
+        mixed_variance = torch.where(mask, variance, r.to(wide.dtype))
+        output = theory.normalise(wide, mixed_mean, mixed_variance, self.weight, self.bias, self.eps).to(input.dtype)
+        self._move(mean.detach(), variance.detach(), input.numel() // self.num_features)
+        return output
+
+    def _again(self, input: torch.Tensor, mask: torch.Tensor | None, group: Any) -> torch.Tensor:
+        """The same call once more, for a checkpoint: what it saw then, and nothing moves."""
+        if mask is None and self.generator is None:
+            self._drawn(input)  # torch's own generator was put back to where it stood; it has to come out alike
+        with torch.no_grad():
+            nothing = torch.zeros(self.num_features, dtype=torch.bool, device=input.device)
+            wide = self._running()[0].to(torch.promote_types(input.dtype, torch.float32))
+            mean, variance, *_ = measured(input.detach(), nothing, wide, group)
+        seen = self._calls().find(mean, variance)
+        return mixed_norm(
+            input, seen.mask, seen.mixed_mean, seen.mixed_variance, self.weight, self.bias, self.eps, group
+        )[0]
+
+    def _calls(self) -> Calls:
+        return self.__dict__.setdefault(REMEMBERED, Calls())
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the calls remembered: a copy has had none."""
+        return {name: value for name, value in self.__dict__.items() if name != REMEMBERED}
 
     def _drawn(self, input: torch.Tensor) -> torch.Tensor:
         if self.generator is not None and self.generator.device.type != input.device.type:
             raise ValueError(
                 f"the generator is on {self.generator.device} and the input on {input.device}; give one on the same device"
             )
-        return torch.rand(self.num_features, generator=self.generator, device=input.device) < self._p
+        options: Any = {"device": input.device, "dtype": torch.float32}
+        return torch.rand(self.num_features, generator=self.generator, **options) < self._p
 
     def _checked(self, mask: torch.Tensor, input: torch.Tensor) -> torch.Tensor:
         if mask.dtype != torch.bool or mask.shape != (self.num_features,) or mask.device != input.device:
@@ -163,10 +229,10 @@ class StochNorm(_BatchNorm):
             raise ValueError(f"p = {self._p:g} needs running statistics, which this layer does not track; set p = 1")
         return self.running_mean, self.running_var
 
-    def _move(self, seen: Statistics) -> None:
+    def _move(self, mean: torch.Tensor, variance: torch.Tensor, count: int | torch.Tensor) -> None:
         """Move the running statistics of every channel towards the batch's, whatever its mask was."""
         with torch.no_grad():
-            theory.move_(*self._running(), seen.mean, seen.variance, seen.count, self._weight_of_new())
+            theory.move_(*self._running(), mean, variance, count, self._weight_of_new())
 
     def _group(self) -> Any:
         """The process group whose statistics are shared; None for this process alone."""
@@ -190,7 +256,7 @@ class StochNorm2d(StochNorm, nn.BatchNorm2d):
         eps: added to the variance.
         momentum: weight in [0, 1] of a batch in the running statistics; None for the plain average over batches.
         generator: where masks are drawn from, on the input's device; None for torch's own (`torch.manual_seed`). Its state
-            is not part of the state_dict.
+            is not part of the state_dict, and `torch.compile(fullgraph=True)` does not take it.
         affine: whether to learn gamma and beta.
         track_running_stats: False needs p = 1.
         device: of parameters and buffers.
@@ -214,64 +280,6 @@ class StochNorm3d(StochNorm, nn.BatchNorm3d):
     """Stochastic normalisation of (n, num_features, depth, height, width); arguments as `StochNorm2d`."""
 
 
-class SyncStochNorm(StochNorm):
-    """Stochastic normalisation over the batches of all ranks: statistics and masks are those of the whole batch.
-
-    One exchange per layer forward (statistics, and the first rank's mask for all) and one backward. Comes from converting
-    a model that `torch.nn.SyncBatchNorm.convert_sync_batchnorm` has prepared; unlike SyncBatchNorm it also trains on CPU.
-    Parameter gradients are this rank's share, for DistributedDataParallel to average. Arguments as `StochNorm2d`;
-    inputs have at least 2 dimensions.
-    """
-
-    def __init__(self, num_features: int, p: float = 0.5, *args: Any, process_group: Any = None, **named: Any) -> None:
-        super().__init__(num_features, p, *args, **named)
-        self.process_group = process_group
-
-    def _check_input_dim(self, input: torch.Tensor) -> None:
-        if input.ndim < 2:
-            raise ValueError(f"expected an input of at least 2 dimensions, got {input.ndim}")
-
-    def _group(self) -> Any:
-        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(self.process_group) == 1:
-            return None
-        return self.process_group or dist.group.WORLD
-
-
-class _Activated:
-    """A norm with an activation inside, as timm has them: drop and act follow the normalisation."""
-
-    def forward(self, input: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        hidden = super().forward(input, mask)  # type: ignore[misc]
-        drop = getattr(self, "drop", None)
-        return self.act(hidden if drop is None else drop(hidden))  # type: ignore[attr-defined]
-
-
-class StochNormAct2d(_Activated, StochNorm2d):
-    """StochNorm2d followed by the activation of the layer it was converted from; made by conversion only."""
-
-
-class SyncStochNormAct(_Activated, SyncStochNorm):
-    """SyncStochNorm followed by the activation of the layer it was converted from; made by conversion only."""
-
-
-class LazyStochNorm1d(_LazyNormBase, StochNorm1d):
-    """Becomes a StochNorm1d once it has seen its channels; made by conversion from LazyBatchNorm1d."""
-
-    cls_to_become = StochNorm1d  # type: ignore[assignment]
-
-
-class LazyStochNorm2d(_LazyNormBase, StochNorm2d):
-    """Becomes a StochNorm2d once it has seen its channels; made by conversion from LazyBatchNorm2d."""
-
-    cls_to_become = StochNorm2d  # type: ignore[assignment]
-
-
-class LazyStochNorm3d(_LazyNormBase, StochNorm3d):
-    """Becomes a StochNorm3d once it has seen its channels; made by conversion from LazyBatchNorm3d."""
-
-    cls_to_become = StochNorm3d  # type: ignore[assignment]
-
-
 def probability(p: float) -> float:
     """`p` as a float in [0, 1].
 
@@ -279,8 +287,26 @@ def probability(p: float) -> float:
         TypeError: no number.
         ValueError: outside [0, 1], or NaN.
     """
-    if isinstance(p, bool) or not isinstance(p, (int, float)):
+    if isinstance(p, bool) or not isinstance(p, Real):
         raise TypeError(f"p must be a number in [0, 1], got {p!r}")
+    p = float(p)
     if math.isnan(p) or not 0 <= p <= 1:
         raise ValueError(f"p is the probability of batch statistics and must lie in [0, 1], got {p}")
-    return float(p)
+    return p
+
+
+def _plain(input: torch.Tensor) -> bool:
+    """A tensor torch's batch norm kernels take as it is."""
+    return type(input) in (torch.Tensor, nn.Parameter) and input.device.type in ("cpu", "cuda")
+
+
+def _mapped(input: torch.Tensor) -> bool:
+    """Whether vmap is at work on it, be it below a gradient."""
+    if torch.compiler.is_compiling():
+        return False
+    functorch: Any = torch._C._functorch  # type: ignore[attr-defined]
+    while functorch.is_functorch_wrapped_tensor(input):
+        if functorch.is_batchedtensor(input):
+            return True
+        input = functorch.get_unwrapped(input)
+    return False

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import torch
 
-Optional = torch.Tensor | None
+Maybe = torch.Tensor | None
 
 
 def batch_statistics(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -53,7 +53,7 @@ def move_(
 
 
 def normalise(
-    x: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor, weight: Optional, bias: Optional, eps: float
+    x: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor, weight: Maybe, bias: Maybe, eps: float
 ) -> torch.Tensor:
     """Per channel gamma (x - M)/sqrt(V + eps) + beta, in plain differentiable operations; a missing affine is 1 and 0."""
     scale = torch.rsqrt(variance + eps)
@@ -67,8 +67,8 @@ def stochastic_norm(
     mask: torch.Tensor,
     running_mean: torch.Tensor,
     running_variance: torch.Tensor,
-    weight: Optional,
-    bias: Optional,
+    weight: Maybe,
+    bias: Maybe,
     eps: float,
 ) -> torch.Tensor:
     """The training output, statistics mixed per channel and one normalisation; autograd gives its exact gradient."""
@@ -82,8 +82,8 @@ def two_branch(
     mask: torch.Tensor,
     running_mean: torch.Tensor,
     running_variance: torch.Tensor,
-    weight: Optional,
-    bias: Optional,
+    weight: Maybe,
+    bias: Maybe,
     eps: float,
 ) -> torch.Tensor:
     """The same as the paper writes it: both branches normalised with torch's batch norm, then mixed by the mask.
@@ -102,7 +102,7 @@ def gradients(
     mask: torch.Tensor,
     mean: torch.Tensor,
     variance: torch.Tensor,
-    weight: Optional,
+    weight: Maybe,
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of x, weight and bias, given the *mixed* mean M and variance V of shape (channels,).
