@@ -52,6 +52,7 @@ CONFIG: dict[str, Any] = {
     "target_size": 30,
     "steps": 6,
     "batch_size": 7,
+    "lr": 0.01,
     "points": 2,
     "shift": 1,
 }

@@ -284,7 +284,7 @@ def test_an_anchor_holds_the_weights_back(monkeypatch: pytest.MonkeyPatch):
     watched, distance = Watched(monkeypatch), {}
     for anchor in (1e-4, 1.0, 5.0):
         recipe.train_arm(None, run_of("l2-sp", anchor=anchor, steps=20), DATA)
-        distance[anchor] = float((watched.model.stem[0].weight - watched.before["stem.0.weight"]).norm())
+        distance[anchor] = float((watched.model.stem[0].weight.detach() - watched.before["stem.0.weight"]).norm())
     assert distance[5.0] < distance[1.0] < 0.9 * distance[1e-4]
 
 
@@ -309,7 +309,7 @@ def test_the_row_tells_what_was_measured(monkeypatch: pytest.MonkeyPatch):
     assert row.curve["lr"] == pytest.approx([0.01, 0.01, 0.001, 0.001])  # the drop is at 12*6000/9050 = 7.96
     x, y = DATA.test
     watched.model.eval()
-    scores = watched.model(x[y >= 2])
+    scores = watched.model(x[y >= 2]).detach()
     assert row.final["accuracy"] == pytest.approx(float((scores.argmax(1) == y[y >= 2] - 2).float().mean()))
     assert row.final["loss"] == pytest.approx(float(functional.cross_entropy(scores, y[y >= 2] - 2)), rel=1e-5)
     assert row.final["images"] == 12 and {"gap_mean", "gap_variance"} < set(row.final)
