@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from tests.ranks import RANKS, on_ranks, read, text
 from torch import nn
 
 from decaycast.methods.stochnorm.method import StochNorm
 from decaycast.methods.stochnorm.variants import SyncStochNorm
 
-CHANNELS, RANKS = 6, 2
+CHANNELS = 6
 MASK = torch.tensor([True, False, True, True, False, False])
 
 
@@ -64,7 +63,7 @@ def run_rank(rank: int, folder: Path) -> None:
     try:
         SyncStochNorm(2)(torch.ones(1 - rank, 2))
     except ValueError as error:
-        found["too_few"] = torch.tensor([ord(letter) for letter in str(error)])
+        found["too_few"] = text(str(error))
     part = (piece[:0] if rank else piece).clone().requires_grad_()
     uneven.zero_grad()
     output = uneven(part, MASK)
@@ -75,26 +74,14 @@ def run_rank(rank: int, folder: Path) -> None:
         words = ""
     except RuntimeError as error:
         words = str(error)
-    found["refusal"] = torch.tensor([ord(letter) for letter in words])
+    found["refusal"] = text(words)
     torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, torch.Tensor]]:
-    folder = tmp_path_factory.mktemp("ranks")
-    script = f"import runpy, pathlib; runpy.run_path({__file__!r})['run_rank'](%d, pathlib.Path({str(folder)!r}))"
-    started = [
-        subprocess.Popen([sys.executable, "-c", script % rank], stderr=subprocess.PIPE, text=True)
-        for rank in range(RANKS)
-    ]
-    try:
-        ended = [process.communicate(timeout=120)[1] for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    assert [process.returncode for process in started] == [0, 0], "\n".join(ended)
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
+    return on_ranks(__file__, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.slow
@@ -140,13 +127,13 @@ def test_one_value_a_rank_and_an_empty_rank(ranks: list[dict[str, torch.Tensor]]
 @pytest.mark.slow
 def test_one_value_in_all(ranks: list[dict[str, torch.Tensor]]):
     for found in ranks:
-        words = "".join(chr(code) for code in found["too_few"].tolist())
+        words = read(found["too_few"])
         assert "training needs more than one value per channel, and 2 ranks have 1 together" in words
 
 
 @pytest.mark.slow
 def test_double_backward_is_refused(ranks: list[dict[str, torch.Tensor]]):
-    words = "".join(chr(code) for code in ranks[0]["refusal"].tolist())
+    words = read(ranks[0]["refusal"])
     assert "the synchronised StochNorm has no double backward" in words
 
 

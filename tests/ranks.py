@@ -1,0 +1,37 @@
+"""Gloo ranks as processes of this machine: each runs a function of the test file and leaves its tensors in a file."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+RANKS = 2
+
+
+def on_ranks(test_file: str, folder: Path) -> list[dict[str, torch.Tensor]]:
+    """Call ``run_rank(rank, folder)`` of `test_file` in `RANKS` processes; what each saved in ``folder/{rank}.pt``."""
+    script = f"import runpy, pathlib; runpy.run_path({test_file!r})['run_rank'](%d, pathlib.Path({str(folder)!r}))"
+    started = [
+        subprocess.Popen([sys.executable, "-c", script % rank], stderr=subprocess.PIPE, text=True)
+        for rank in range(RANKS)
+    ]
+    try:
+        ended = [process.communicate(timeout=120)[1] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert not any(process.returncode for process in started), "\n".join(ended)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
+
+
+def text(words: str) -> torch.Tensor:
+    """Words as a tensor, so that a rank can leave them in its file."""
+    return torch.tensor([ord(letter) for letter in words])
+
+
+def read(letters: torch.Tensor) -> str:
+    """The words again."""
+    return "".join(chr(code) for code in letters.tolist())
