@@ -41,6 +41,16 @@ SIGNATURES = {
     },
     "L2SP": {"optimizer": REQUIRED, "free": ()},
     "freeze_batch_norm": {"model": REQUIRED, "layers": "*", "affine": True},
+    "LabelNoise": {"flip": REQUIRED, "num_classes": REQUIRED, "generator": None},
+    "hessian_trace": {
+        "model": REQUIRED,
+        "loss_fn": REQUIRED,
+        "batches": REQUIRED,
+        "relative_error": 0.05,
+        "matrix": "hessian",
+        "generator": None,
+    },
+    "implicit_regularizer": {"model": REQUIRED, "inputs": REQUIRED, "lr": REQUIRED, "momentum": 0.0},
 }
 METHODS = {
     "AutoL2Rule": ("update", "state_dict", "load_state_dict"),
@@ -48,13 +58,14 @@ METHODS = {
     "WeightDecayScheduler": ("step", "get_last_wd", "state_dict", "load_state_dict"),
     "Forecast": ("plot", "to_dict"),
     "StochNorm": ("convert", "revert"),
+    "LabelNoise": ("on_batch", "state_dict", "load_state_dict"),
     "L2SP": ("distance", "state_dict", "load_state_dict", "remove"),
 }
 
 
 def test_the_public_names_are_exactly_these():
     modules = {"infinite_width", "transfer"}
-    assert set(dc.__all__) == {*SIGNATURES, "Forecast", *modules}
+    assert set(dc.__all__) == {*SIGNATURES, "Forecast", "Estimate", *modules}
     public = {
         name for name, value in vars(dc).items() if not name.startswith("_") and not isinstance(value, types.ModuleType)
     }

@@ -6,6 +6,8 @@
     dc.effective_rate(optimizer)                                      # the same per step, for your optimiser
     dc.AutoL2(optimizer)                                              # weight decay that lowers itself
     dc.StochNorm.convert(model, p=0.5)                                # fine-tuning on few data
+    dc.LabelNoise(flip=0.2, num_classes=10)                           # label noise, towards flat minima
+    dc.hessian_trace(model, loss_fn, batches)                         # how flat, with a standard error
 
 Importing this loads torch and numpy, nothing else: the lab, the figures and the command line are for who asks for them.
 """
@@ -13,13 +15,17 @@ Importing this loads torch and numpy, nothing else: the lab, the figures and the
 from __future__ import annotations
 
 from decaycast.core.decay import WeightDecayScheduler
+from decaycast.core.estimate import Estimate
 from decaycast.core.timescale import effective_rate, efolds, weight_decay_for
+from decaycast.core.trace import hessian_trace
 from decaycast.methods.l2 import theory as infinite_width
 from decaycast.methods.l2 import transfer
 from decaycast.methods.l2.autol2 import AutoL2
 from decaycast.methods.l2.find import find
 from decaycast.methods.l2.forecast import Forecast, forecast
 from decaycast.methods.l2.rule import AutoL2Rule
+from decaycast.methods.label_noise.method import LabelNoise
+from decaycast.methods.label_noise.regularizer import implicit_regularizer
 from decaycast.methods.stochnorm.freeze import freeze_batch_norm
 from decaycast.methods.stochnorm.l2sp import L2SP
 from decaycast.methods.stochnorm.method import StochNorm, StochNorm1d, StochNorm2d, StochNorm3d
@@ -30,7 +36,9 @@ __all__ = [
     "L2SP",
     "AutoL2",
     "AutoL2Rule",
+    "Estimate",
     "Forecast",
+    "LabelNoise",
     "StochNorm",
     "StochNorm1d",
     "StochNorm2d",
@@ -41,6 +49,8 @@ __all__ = [
     "find",
     "forecast",
     "freeze_batch_norm",
+    "hessian_trace",
+    "implicit_regularizer",
     "infinite_width",
     "transfer",
     "weight_decay_for",

@@ -455,6 +455,6 @@ def test_an_index_of_no_figures_says_so(tmp_path):
 
 @pytest.mark.parametrize("name", ["../up", "/etc/x", "l2/..", "a/b/c", "L2/x", "", "l2/x\n", "l2/x.html"])
 def test_a_figures_name_cannot_lead_out_of_the_folder(tmp_path, name):
-    with pytest.raises(ValueError, match="a figure's name must be room/name in a-z, 0-9 and hyphens, got"):
+    with pytest.raises(ValueError, match="a figure's name must be room/name in a-z, 0-9 and hyphens"):
         write_report(tmp_path / "pages", [samples.SampleFigure(), other_figure(name)], [], "small")
     assert not (tmp_path / "pages").exists()

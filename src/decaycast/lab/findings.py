@@ -10,7 +10,7 @@ from typing import Any
 from decaycast.core.experiment import Figure, Panel, Row, Size, Verdict
 from decaycast.lab.figures import by_key
 
-NAME = re.compile(r"[a-z0-9][a-z0-9-]*(/[a-z0-9][a-z0-9-]*)?")
+NAME = re.compile(r"[a-z0-9][a-z0-9_-]*(/[a-z0-9][a-z0-9-]*)?")  # rooms are named like packages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,8 @@ class Finding:
         """
         if not NAME.fullmatch(self.figure.name):
             raise ValueError(
-                f"a figure's name must be room/name in a-z, 0-9 and hyphens, got {self.figure.name!r}; rename it"
+                "a figure's name must be room/name in a-z, 0-9 and hyphens (the room with underscores), got "
+                f"{self.figure.name!r}; rename it"
             )
         return f"{self.figure.name}.html"
 
