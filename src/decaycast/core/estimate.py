@@ -62,8 +62,8 @@ def _third(z: float) -> float:
 def mean_estimate(values: list[float], probes: int) -> Estimate:
     """Mean of independent values with the standard error that they show; two values at least.
 
-    >>> mean_estimate([1.0, 2.0, 3.0], probes=3).interval
-    (-0.484..., 4.484...)
+    >>> print(mean_estimate([1.0, 2.0, 3.0], probes=3))
+    2 +- 0.58 (95 %: -0.4843 to 4.484; 3 products)
     """
     count = len(values)
     mean = math.fsum(values) / count
