@@ -232,8 +232,8 @@ def lines_of(result: dict) -> list[str]:
     if large_rows:
         lines += [
             "",
-            "ResNet-18 (11.2 million parameters, batch norm in evaluation mode) on 512 digits of 32 x 32 pixels, in batches of 128:",
-            f"one product of the Hessian. Hutchinson's estimator needs about {large_rows[0]['products']} of them.",
+            "ResNet-18 (11.2 million parameters, batch norm in evaluation mode) on 512 digits of 32 x 32 pixels, in batches of",
+            f"128: one product of the Hessian. Hutchinson's estimator needs about {large_rows[0]['products']} of them.",
             "",
             "| library | seconds per product | / ours |",
             "|-|-|-|",
