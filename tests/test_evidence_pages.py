@@ -45,7 +45,13 @@ def test_what_is_not_held_is_explained(room: str):
 
 
 @pytest.mark.parametrize(
-    ("room", "bench"), [("stochnorm", "stochnorm"), ("label_noise", "label_noise"), ("label_noise", "curvature")]
+    ("room", "bench"),
+    [
+        ("stochnorm", "stochnorm"),
+        ("label_noise", "label_noise"),
+        ("label_noise", "curvature"),
+        ("self_distill", "self_distill"),
+    ],
 )
 def test_the_prices_of_a_page_are_those_of_its_bench(room: str, bench: str):
     measured = (DOCS.parent / "bench" / "results" / f"{bench}.md").read_text(encoding="utf-8")

@@ -41,6 +41,15 @@ SIGNATURES = {
     },
     "L2SP": {"optimizer": REQUIRED, "free": ()},
     "freeze_batch_norm": {"model": REQUIRED, "layers": "*", "affine": True},
+    "KernelSelfDistillation": {
+        "kernel": "rbf",
+        "gamma": None,
+        "alpha": 1.0,
+        "tolerance": None,
+        "rounds": 1,
+        "mix": 0.0,
+    },
+    "distill": {"fit": REQUIRED, "inputs": REQUIRED, "targets": REQUIRED, "rounds": REQUIRED, "mix": 0.0},
     "LabelNoise": {"flip": REQUIRED, "num_classes": REQUIRED, "generator": None},
     "hessian_trace": {
         "model": REQUIRED,
@@ -58,6 +67,7 @@ METHODS = {
     "WeightDecayScheduler": ("step", "get_last_wd", "state_dict", "load_state_dict"),
     "Forecast": ("plot", "to_dict"),
     "StochNorm": ("convert", "revert"),
+    "KernelSelfDistillation": ("fit", "predict", "score"),
     "LabelNoise": ("on_batch", "state_dict", "load_state_dict"),
     "L2SP": ("distance", "state_dict", "load_state_dict", "remove"),
 }
@@ -69,7 +79,12 @@ def test_the_public_names_are_exactly_these():
     public = {
         name for name, value in vars(dc).items() if not name.startswith("_") and not isinstance(value, types.ModuleType)
     }
-    assert (public | modules) - {"annotations"} == set(dc.__all__)
+    assert (public | modules | {"KernelSelfDistillation"}) - {"annotations", "Any", "TYPE_CHECKING"} == set(dc.__all__)
+
+
+def test_an_unknown_name_is_said():
+    with pytest.raises(AttributeError, match="module 'decaycast' has no attribute 'anneal'"):
+        dc.anneal  # noqa: B018
 
 
 def test_functions_of_the_modules_that_are_called_from_outside():

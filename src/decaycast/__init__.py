@@ -8,11 +8,15 @@
     dc.StochNorm.convert(model, p=0.5)                                # fine-tuning on few data
     dc.LabelNoise(flip=0.2, num_classes=10)                           # label noise, towards flat minima
     dc.hessian_trace(model, loss_fn, batches)                         # how flat, with a standard error
+    dc.distill(fit, inputs, targets, rounds=3, mix=0.1)               # a network taught by itself
 
-Importing this loads torch and numpy, nothing else: the lab, the figures and the command line are for who asks for them.
+Importing this loads torch and numpy, nothing else: the lab, the figures and the command line are for who asks for them, and
+`KernelSelfDistillation`, which is a scikit-learn estimator, is loaded when it is named.
 """
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 from decaycast.core.decay import WeightDecayScheduler
 from decaycast.core.estimate import Estimate
@@ -26,32 +30,27 @@ from decaycast.methods.l2.forecast import Forecast, forecast
 from decaycast.methods.l2.rule import AutoL2Rule
 from decaycast.methods.label_noise.method import LabelNoise
 from decaycast.methods.label_noise.regularizer import implicit_regularizer
+from decaycast.methods.self_distill.distill import distill
 from decaycast.methods.stochnorm.freeze import freeze_batch_norm
 from decaycast.methods.stochnorm.l2sp import L2SP
 from decaycast.methods.stochnorm.method import StochNorm, StochNorm1d, StochNorm2d, StochNorm3d
 
+if TYPE_CHECKING:
+    from decaycast.methods.self_distill.estimator import KernelSelfDistillation
+
 __version__ = "0.1.0"
 
 __all__ = [
-    "L2SP",
-    "AutoL2",
-    "AutoL2Rule",
-    "Estimate",
-    "Forecast",
-    "LabelNoise",
-    "StochNorm",
-    "StochNorm1d",
-    "StochNorm2d",
-    "StochNorm3d",
-    "WeightDecayScheduler",
-    "effective_rate",
-    "efolds",
-    "find",
-    "forecast",
-    "freeze_batch_norm",
-    "hessian_trace",
-    "implicit_regularizer",
-    "infinite_width",
-    "transfer",
+    "L2SP", "AutoL2", "AutoL2Rule", "Estimate", "Forecast", "KernelSelfDistillation", "LabelNoise", "StochNorm",
+    "StochNorm1d", "StochNorm2d", "StochNorm3d", "WeightDecayScheduler", "distill", "effective_rate", "efolds",
+    "find", "forecast", "freeze_batch_norm", "hessian_trace", "implicit_regularizer", "infinite_width", "transfer",
     "weight_decay_for",
-]
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name == "KernelSelfDistillation":
+        from decaycast.methods.self_distill.estimator import KernelSelfDistillation
+
+        return KernelSelfDistillation
+    raise AttributeError(f"module 'decaycast' has no attribute {name!r}")
