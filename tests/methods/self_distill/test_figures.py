@@ -245,8 +245,8 @@ def test_the_scatter_of_several_runs_is_that_of_their_draws_together():
 
 def test_answers_are_told_with_what_was_observed():
     told = answers(by_flips(network_rows(scatter=0.0)))
-    assert told[0] == "0% flipped: yes 5, observed +6.0 points"
-    assert told[2].startswith("40% flipped: no 5, observed ")
+    assert told[0] == "0% flipped: yes 5, observed at its best round +6.0 points"
+    assert told[2].startswith("40% flipped: no 5, observed at its best round ")
 
 
 def test_changes_are_relative_to_ridge():

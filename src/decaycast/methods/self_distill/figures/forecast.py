@@ -109,7 +109,7 @@ def answers(shares: Mapping[float, Mapping[int, Row]]) -> list[str]:
         told = ", ".join(f"{word} {counts.count(word)}" for word in ANSWERS if word in counts)
         best = 1 + column(of_seed, MATCHED)[:, 1:].argmax(1)
         gains = changes(of_seed)[np.arange(len(rows)), best]
-        said.append(f"{share:.0%} flipped: {told}, observed {100 * gains.mean():+.1f} points")
+        said.append(f"{share:.0%} flipped: {told}, observed at its best round {100 * gains.mean():+.1f} points")
     return said
 
 
