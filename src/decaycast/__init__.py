@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from decaycast.core.decay import WeightDecayScheduler
 from decaycast.core.estimate import Estimate
+from decaycast.core.param_groups import assert_no_decay, decay_groups, explain_param_groups
 from decaycast.core.timescale import effective_rate, efolds, weight_decay_for
 from decaycast.core.trace import hessian_trace
 from decaycast.methods.l2 import theory as infinite_width
@@ -42,9 +43,9 @@ __version__ = "0.1.0"
 
 __all__ = [
     "L2SP", "AutoL2", "AutoL2Rule", "Estimate", "Forecast", "KernelSelfDistillation", "LabelNoise", "StochNorm",
-    "StochNorm1d", "StochNorm2d", "StochNorm3d", "WeightDecayScheduler", "distill", "effective_rate", "efolds",
-    "find", "forecast", "freeze_batch_norm", "hessian_trace", "implicit_regularizer", "infinite_width", "transfer",
-    "weight_decay_for",
+    "StochNorm1d", "StochNorm2d", "StochNorm3d", "WeightDecayScheduler", "assert_no_decay", "decay_groups", "distill",
+    "effective_rate", "efolds", "explain_param_groups", "find", "forecast", "freeze_batch_norm", "hessian_trace",
+    "implicit_regularizer", "infinite_width", "transfer", "weight_decay_for",
 ]  # fmt: skip
 
 
