@@ -90,3 +90,22 @@ def mean_trace(name: str, x: Sequence[float], values: Sequence[Sequence[float]])
         high=[mean + error for mean, error in zip(means, errors, strict=True)],
         mode="lines+markers",
     )
+
+
+def by_seed(rows: Iterable[Row], **wanted: str | float) -> dict[int, Row]:
+    """Finished rows whose config has these entries (a missing number counts as 0), by seed, rising."""
+    found = {}
+    for row in rows:
+        config = row.run.config
+        fits = all(
+            config.get(name) == value if isinstance(value, str) else number(row, name) == value
+            for name, value in wanted.items()
+        )
+        if row.status == "done" and fits:
+            found[row.run.seed] = row
+    return dict(sorted(found.items()))
+
+
+def finals(of_seed: Mapping[int, Row], name: str) -> list[float]:
+    """One of the final numbers of every seed that has it."""
+    return [row.final[name] for row in of_seed.values() if name in row.final]

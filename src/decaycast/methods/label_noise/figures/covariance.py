@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from decaycast.core.bounds import Bound, decide
 from decaycast.core.experiment import Panel, Row, Run, Scalar, Size, Trace, Verdict
-from decaycast.core.seeds import mean_trace, number
+from decaycast.core.seeds import by_seed, finals, mean_trace, number
 from decaycast.methods.label_noise import theory
-from decaycast.methods.label_noise.figures.bounds import PAPER, Bound, by_seed, decide, finals
 from decaycast.methods.label_noise.figures.linear_chains import EIGENVALUES, SAMPLES, inputs, measured_covariance
 
 TOLERANCE = 0.02
@@ -48,7 +48,7 @@ class StationaryCovariance:
         "Around a minimum, the full gradient with label noise jitters with covariance lambda*(2 - lr*H/(1+beta))^(-1), to 2 % in "
         "the Frobenius norm, at lr*l1 = 0.1, 1 and 1.8, and with momentum 0.9 at 1 and 3."
     )
-    source: str = f"{PAPER}, section 3 (local coupling); momentum derived"
+    source: str = "Damian, Ma & Lee 2021, section 3 (local coupling); momentum derived"
     plans: Mapping[Size, Plan] = field(default_factory=lambda: PLANS)
 
     def runs(self, size: Size) -> list[Run]:

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from decaycast.core.bounds import Bound, decide
 from decaycast.core.experiment import Panel, Row, Run, Size, Trace, Verdict
 from decaycast.core.seeds import interval, mean_trace, number
 from decaycast.methods.label_noise import theory
 from decaycast.methods.label_noise.figures.arms import train_arm
-from decaycast.methods.label_noise.figures.bounds import PAPER, Bound, decide
 from decaycast.methods.label_noise.figures.runs import PLANS, Plan
 
 TOLERANCE = 0.05
@@ -30,7 +30,7 @@ class EqualStrength:
         "Runs of equal lambda = lr/(B(1-beta)) have the same trace at equal drift time, within 5 % over the last third of the "
         "way, whatever learning rate, batch size and momentum it is made of."
     )
-    source: str = f"{PAPER}, dependence on lambda alone; momentum and drift time derived"
+    source: str = "Damian, Ma & Lee 2021, dependence on lambda alone; momentum and drift time derived"
     plans: Mapping[Size, Plan] = field(default_factory=lambda: PLANS)
 
     train = train_arm

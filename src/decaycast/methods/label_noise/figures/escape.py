@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from decaycast.core.bounds import Bound, decide
 from decaycast.core.experiment import Panel, Row, Run, Size, Trace, Verdict
-from decaycast.core.seeds import mean_trace, number
+from decaycast.core.seeds import by_seed, finals, mean_trace, number
 from decaycast.methods.label_noise.figures.arms import CLEAN, NOISE, SAM, SMOOTHING, train_arm
-from decaycast.methods.label_noise.figures.bounds import PAPER, Bound, by_seed, decide, finals
 from decaycast.methods.label_noise.figures.runs import PLANS, Plan
 
 ESCAPED, STAYED, CORRELATED = 0.88, 0.05, -0.9
@@ -27,7 +27,7 @@ class Escape:
         "From a minimum that fits every label and tests badly, label noise reaches 88 % test accuracy, the same loss without "
         "sampling gains at most 5 points, and along the way accuracy goes with the log of the trace (correlation below -0.9)."
     )
-    source: str = f"{PAPER}, its CIFAR-10 experiment from an adversarial start, here on digits"
+    source: str = "Damian, Ma & Lee 2021, its CIFAR-10 experiment from an adversarial start, here on digits"
     plans: Mapping[Size, Plan] = field(default_factory=lambda: PLANS)
 
     train = train_arm

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from decaycast.core.bounds import Bound, decide
 from decaycast.core.experiment import Panel, Row, Run, Size, Verdict
-from decaycast.core.seeds import common_seeds, interval, mean_trace, points
+from decaycast.core.seeds import common_seeds, finals, interval, mean_trace, points
 from decaycast.methods.label_noise.figures.arms import CLEAN, NOISE, SMOOTHING, train_arm
-from decaycast.methods.label_noise.figures.bounds import Bound, decide, finals
 from decaycast.methods.label_noise.figures.escape import by_arm, way_panel
 from decaycast.methods.label_noise.figures.runs import PLANS, Plan
 

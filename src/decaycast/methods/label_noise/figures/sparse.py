@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from decaycast.core.bounds import Bound, decide
 from decaycast.core.experiment import Panel, Row, Run, Scalar, Size, Trace, Verdict
-from decaycast.core.seeds import mean_trace, number
+from decaycast.core.seeds import by_seed, finals, mean_trace, number
 from decaycast.methods.label_noise import theory
-from decaycast.methods.label_noise.figures.bounds import Bound, by_seed, decide, finals
 from decaycast.methods.label_noise.figures.quadratic import KINDS, descend, problem
 
 NONE, LABEL, SPHERICAL, EQUAL = KINDS

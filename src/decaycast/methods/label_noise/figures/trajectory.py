@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from decaycast.core.bounds import Bound, decide
 from decaycast.core.experiment import Panel, Row, Run, Scalar, Size, Verdict
-from decaycast.core.seeds import mean_trace, number
+from decaycast.core.seeds import by_seed, finals, mean_trace, number
 from decaycast.methods.label_noise import theory
-from decaycast.methods.label_noise.figures.bounds import PAPER, Bound, by_seed, decide, finals
 from decaycast.methods.label_noise.figures.tanh_net import (
     interpolating,
     noisy_chains,
@@ -57,7 +57,7 @@ class Trajectory:
         "At lr*l1 = 1.2 and 1.8 the mean of 16 chains with label noise ends within 0.1 of gradient descent on L + lambda*R, "
         "which moves more than 3, while descent on L + lambda*tr H/4 ends more than 1 away."
     )
-    source: str = f"{PAPER}, theorem 1 and its experiment on the two regularisers; the network is our own"
+    source: str = "Damian, Ma & Lee 2021, theorem 1 and its experiment on the two regularisers; the network is our own"
     plans: Mapping[Size, Plan] = field(default_factory=lambda: PLANS)
 
     def runs(self, size: Size) -> list[Run]:

@@ -1,4 +1,4 @@
-"""How the figures of this room decide: numbers over seeds against bounds that were fixed before, with 95 % intervals.
+"""How figures decide: numbers over seeds against bounds that were fixed before, with 95 % intervals.
 
 *Yes* when the whole interval of the mean keeps the bound, *no* when all of it lies beyond. Otherwise the data do not decide.
 """
@@ -6,15 +6,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from decaycast.core.experiment import Row, Verdict
-from decaycast.core.seeds import Interval, interval, number
+from decaycast.core.experiment import Verdict
+from decaycast.core.seeds import Interval, interval
 from decaycast.core.standing import Standing
 
 SEEDS = 5  # fewer decide nothing
-PAPER = "Damian, Ma & Lee 2021"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +34,9 @@ class Bound:
     def standing(self) -> Standing:
         """What the interval says.
 
-        >>> Bound(name="error", values=[0.01, 0.02, 0.03], high=0.1).standing
+        >>> Bound(name="ratio", values=[0.3, 0.4, 0.5], high=0.7).standing
         'yes'
-        >>> Bound(name="error", values=[0.01, 0.02, 0.03], high=0.02).standing
+        >>> Bound(name="ratio", values=[0.3, 0.4, 0.5], high=0.5).standing
         'open'
         """
         if self.found.inside(self.low, self.high):
@@ -53,11 +52,16 @@ class Bound:
 
 
 def decide(
-    bounds: Sequence[Bound], *, least: int = SEEDS, words: str = "", numbers: Mapping[str, float] | None = None
+    bounds: Sequence[Bound],
+    *,
+    least: int = SEEDS,
+    broken: str = "",
+    words: str = "",
+    numbers: Mapping[str, float] | None = None,
 ) -> Verdict:
     """Held when all bounds are kept, not held when one is broken; nothing from fewer than `least` seeds.
 
-    `words` and `numbers` tell more, and are added to the bounds' own.
+    `broken` says what else speaks against the claim, in words, and is empty where nothing does. `words` and `numbers` tell more.
     """
     if not bounds or min(len(bound.values) for bound in bounds) < max(least, 2):
         return Verdict(outcome="not enough data", reason=f"needs {least} seeds of every arm that is judged")
@@ -65,25 +69,7 @@ def decide(
     for bound in bounds:
         own |= bound.found.numbers(bound.name)
     standings = {bound.standing for bound in bounds}
-    outcome = "not held" if "no" in standings else "held" if standings == {"yes"} else "not enough data"
-    reason = f"{'; '.join(map(str, bounds))}. {words}".strip()
-    return Verdict(outcome=outcome, reason=reason, numbers={**own, **(numbers or {})})
-
-
-def by_seed(rows: Iterable[Row], **wanted: str | float) -> dict[int, Row]:
-    """Finished rows whose config has these entries (a missing number counts as 0), by seed, rising."""
-    found = {}
-    for row in rows:
-        config = row.run.config
-        fits = all(
-            config.get(name) == value if isinstance(value, str) else number(row, name) == value
-            for name, value in wanted.items()
-        )
-        if row.status == "done" and fits:
-            found[row.run.seed] = row
-    return dict(sorted(found.items()))
-
-
-def finals(of_seed: Mapping[int, Row], name: str) -> list[float]:
-    """One of the final numbers of every seed that has it."""
-    return [row.final[name] for row in of_seed.values() if name in row.final]
+    refuted = bool(broken) or "no" in standings
+    outcome = "not held" if refuted else "held" if standings == {"yes"} else "not enough data"
+    told = "; ".join([*map(str, bounds), *([broken] if broken else [])])
+    return Verdict(outcome=outcome, reason=f"{told}. {words}".strip(), numbers={**own, **(numbers or {})})
