@@ -51,6 +51,7 @@ def test_what_is_not_held_is_explained(room: str):
         ("label_noise", "label_noise"),
         ("label_noise", "curvature"),
         ("self_distill", "self_distill"),
+        ("large_lr", "large_lr"),
     ],
 )
 def test_the_prices_of_a_page_are_those_of_its_bench(room: str, bench: str):

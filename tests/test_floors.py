@@ -14,6 +14,7 @@ import decaycast
 
 PACKAGE = Path(decaycast.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
+VERBS = [path.stem for path in PACKAGE.glob("cli*.py")]
 BASE = ("torch", "numpy")
 # what may be imported from outside at module level; other imports belong inside the function that needs them
 THIRD_PARTY = {"lab": {"jinja2", "markupsafe", "plotly", "rich", "sklearn"}, "cli": {"typer", "rich", "click"}}
@@ -30,7 +31,7 @@ def allowed(name: str) -> tuple[str, ...]:
         case ["adapters" | "lab" as floor, *_]:
             return ("core", "methods", floor)
         case _:
-            return ("core", "methods", "lab", "adapters", "cli", "cli_lab")
+            return ("core", "methods", "lab", "adapters", *VERBS)
 
 
 def imports(tree: ast.AST) -> Iterator[tuple[str, bool]]:
@@ -52,7 +53,7 @@ def imports(tree: ast.AST) -> Iterator[tuple[str, bool]]:
 
 def offences(name: str, source: str) -> list[str]:
     """What the module `name` imports and must not."""
-    floor, found = name.partition(".")[0].removesuffix("_lab"), []
+    floor, found = "cli" if name in VERBS else name.partition(".")[0], []
     outside = {*BASE, *THIRD_PARTY.get(floor, ()), *OF_ONE_FILE.get(name, ()), *sys.stdlib_module_names}
     for imported, at_load in imports(ast.parse(source)):
         top, _, inner = imported.partition(".")

@@ -53,6 +53,8 @@ SIGNATURES = {
         "mix": 0.0,
     },
     "distill": {"fit": REQUIRED, "inputs": REQUIRED, "targets": REQUIRED, "rounds": REQUIRED, "mix": 0.0},
+    "ActivationNoise": {"std": REQUIRED, "per_element": False, "generator": None},
+    "insert_activation_noise": {"model": REQUIRED, "std": REQUIRED, "per_element": False, "generator": None},
     "LabelNoise": {"flip": REQUIRED, "num_classes": REQUIRED, "generator": None},
     "hessian_trace": {
         "model": REQUIRED,

@@ -10,8 +10,7 @@
     dc.hessian_trace(model, loss_fn, batches)                         # how flat, with a standard error
     dc.distill(fit, inputs, targets, rounds=3, mix=0.1)               # a network taught by itself
 
-Importing this loads torch and numpy, nothing else: the lab, the figures and the command line are for who asks for them, and
-`KernelSelfDistillation`, which is a scikit-learn estimator, is loaded when it is named.
+Importing this loads torch and numpy, nothing else; `KernelSelfDistillation`, a scikit-learn estimator, when it is named.
 """
 
 from __future__ import annotations
@@ -31,6 +30,8 @@ from decaycast.methods.l2.forecast import Forecast, forecast
 from decaycast.methods.l2.rule import AutoL2Rule
 from decaycast.methods.label_noise.method import LabelNoise
 from decaycast.methods.label_noise.regularizer import implicit_regularizer
+from decaycast.methods.large_lr.insert import insert_activation_noise
+from decaycast.methods.large_lr.noise import ActivationNoise
 from decaycast.methods.self_distill.distill import distill
 from decaycast.methods.stochnorm.freeze import freeze_batch_norm
 from decaycast.methods.stochnorm.l2sp import L2SP
@@ -42,10 +43,11 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "L2SP", "AutoL2", "AutoL2Rule", "Estimate", "Forecast", "KernelSelfDistillation", "LabelNoise", "StochNorm",
-    "StochNorm1d", "StochNorm2d", "StochNorm3d", "WeightDecayScheduler", "assert_no_decay", "decay_groups", "distill",
-    "effective_rate", "efolds", "explain_param_groups", "find", "forecast", "freeze_batch_norm", "hessian_trace",
-    "implicit_regularizer", "infinite_width", "transfer", "weight_decay_for",
+    "L2SP", "ActivationNoise", "AutoL2", "AutoL2Rule", "Estimate", "Forecast", "KernelSelfDistillation", "LabelNoise",
+    "StochNorm", "StochNorm1d", "StochNorm2d", "StochNorm3d", "WeightDecayScheduler", "assert_no_decay",
+    "decay_groups", "distill", "effective_rate", "efolds", "explain_param_groups", "find", "forecast",
+    "freeze_batch_norm", "hessian_trace", "implicit_regularizer", "infinite_width", "insert_activation_noise",
+    "transfer", "weight_decay_for",
 ]  # fmt: skip
 
 

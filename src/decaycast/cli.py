@@ -18,7 +18,7 @@ try:
 except ImportError as _error:
     raise SystemExit(f"the command line needs typer and rich ({_error}): pip install 'decaycast[lab]'") from _error
 
-from decaycast import cli_lab
+from decaycast import cli_lab, cli_probe
 from decaycast.core.experiment import Run, jsonable
 from decaycast.core.names import choose
 from decaycast.core.schedule import LR_NAMES
@@ -35,6 +35,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, help="Regularisati
 out = Console()
 notes = Console(stderr=True)
 app.add_typer(cli_lab.app, name="lab")
+app.command("probe-lr")(cli_probe.probe_lr)
 
 
 class Metric(enum.StrEnum):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.core.test_param_groups import Vision
 from torch import nn
 
 from decaycast.core.param_groups import explain_param_groups
-from tests.core.test_param_groups import Vision
 
 
 class Said(Vision):

@@ -17,7 +17,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from decaycast.core.experiment import Figure, Row, Scalar, Size
+from decaycast.core.experiment import Figure, Panel, Row, Scalar, Size
 from decaycast.lab import plots
 from decaycast.lab.figures import by_key
 from decaycast.lab.findings import Finding, assess
@@ -33,6 +33,7 @@ from plotly.offline import get_plotlyjs
 if TYPE_CHECKING:
     from decaycast.lab.verify import Verification
     from decaycast.methods.l2.forecast import Arm, Forecast
+    from decaycast.methods.large_lr.probe_report import ProbeReport
 
 TEMPLATE = "template.html"
 INDEX = "index.html"
@@ -47,6 +48,22 @@ VERDICTS = {
 }
 TONES = {"trust": "good", "weak": "middling", "refuse": "bad"}
 OUTCOMES = {"held": "good", "not held": "bad", "not enough data": "middling"}
+PROBE_MARKS = {
+    "memorises shortcuts first": ("bad", "✕ memorises shortcuts first"),
+    "does not": ("good", "✓ does not memorise shortcuts first"),
+    "cannot tell": ("middling", "~ cannot tell"),
+}
+PROBE_READING = (
+    "Alone: accuracy on the planted shortcut with nothing else to go by. High before annealing means that the network has "
+    "memorised the shortcut while it still trained at the rate in question; the end is shown because every rate may pick it "
+    "up after annealing. The control never sees a shortcut: on it alone it stays near chance.",
+    "Costs: clean accuracy of the control minus that of the network with the shortcut, in points, at the end. Large rates often "
+    "beat small ones without any shortcut, so the accuracies of two rates with the shortcut prove nothing. The difference in "
+    "differences does: how much less the shortcut costs than at the small rate, with a 95 % interval over seeds. An interval "
+    "with 0 in it is no result, either way.",
+    "All numbers come from one brief training on held-out data. The planted shortcut is a stand-in: it shows in which order a "
+    "network learns at a rate, not which shortcuts your data have.",
+)
 SIZE_NOTES = {
     "smoke": "seconds of training, enough to see that everything works, not to judge the claim",
     "small": "minutes on two cores",
@@ -109,6 +126,52 @@ def write_forecast_page(
         "recipe": recipe,
         "command": command,
         "settings": {name: _setting(value) for name, value in settings.items()},
+        "provenance": dict(provenance),
+    }
+    return _write(path, page)
+
+
+def write_probe_page(
+    path: str | os.PathLike[str],
+    report: ProbeReport,
+    *,
+    panels: Sequence[Panel],
+    settings: Mapping[str, Scalar],
+    command: str,
+    provenance: Mapping[str, str],
+) -> Path:
+    """Write the page of one probe for shortcuts.
+
+    Args:
+        path: the HTML file to write; missing folders are made, an existing file is replaced in one step.
+        report: what the probe found.
+        panels: its curves.
+        settings: the trainings it was made of.
+        command: the command line that makes this page again.
+        provenance: versions, hardware, revision, time.
+
+    Returns:
+        The path written.
+
+    Raises:
+        ReportError: the file cannot be written.
+    """
+    names = [str(settings[name]) for name in ("model", "data") if settings.get(name) is not None]
+    said = [(*PROBE_MARKS[report.standing(arm.lr)[0]], arm.lr, report.sentence(arm.lr)) for arm in report.arms]
+    page = {
+        "kind": "probe",
+        "title": f"Which learning rates memorise shortcuts: {' on '.join(names) or 'your training'}",
+        "subtitle": f"{report.what}, {report.difficulty}",
+        "verdicts": [
+            {"tone": tone, "mark": f"{pretty(lr)}: {mark}", "sentence": sentence} for tone, mark, lr, sentence in said
+        ],
+        "facts": _probe_facts(report),
+        "header": report.HEAD,
+        "rows": [report.cells(arm) for arm in report.arms],
+        "plots": [plots.panel_plot(panel) for panel in panels],
+        "reading": PROBE_READING,
+        "settings": {name: _setting(value) for name, value in settings.items()},
+        "command": command,
         "provenance": dict(provenance),
     }
     return _write(path, page)
@@ -224,6 +287,15 @@ def _facts(forecast: Forecast) -> list[tuple[str, str, str]]:
         ("relaxation time τ = 1/E", tau, "" if known else missing),
         ("cost of this forecast", f"{pretty(forecast.cost, 2)} full runs", "everything trained for it, counted"),
         ("decided on", forecast.metric.replace("_", " "), direction),
+    ]
+
+
+def _probe_facts(report: ProbeReport) -> list[tuple[str, str, str]]:
+    return [
+        ("annealed to", pretty(report.small), f"from step {report.anneal_at:,} of {report.steps:,}"),
+        ("seeds per rate", str(report.seeds), "with the shortcut and without"),
+        ("chance", f"{report.chance:.0%}", "guessing the commonest class"),
+        ("networks trained", str(report.trainings), f"in {report.seconds:,.0f} s, the tuning's among them"),
     ]
 
 
