@@ -17,7 +17,7 @@ test-fast: .venv-test/installed  ## without the tests marked slow
 	.venv-test/bin/python -m pytest -q -m "not slow"
 
 test-timm: .venv-timm/installed  ## the tests against timm, which needs torchvision and with it torch as the registry has it (5 GB)
-	.venv-timm/bin/python -m pytest -q -m timm tests/methods/stochnorm tests/adapters
+	.venv-timm/bin/python -m pytest -q -m timm $(shell grep -rl --include='*.py' 'mark\.timm' tests)
 
 lint: .venv-test/linters  ## style and types
 	.venv-test/bin/ruff check src tests bench
