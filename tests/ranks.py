@@ -14,7 +14,8 @@ RANKS = 2
 def on_ranks(test_file: str, folder: Path) -> list[dict[str, torch.Tensor]]:
     """Call ``run_rank(rank, folder)`` of `test_file` in `RANKS` processes; what each saved in ``folder/{rank}.pt``."""
     # _exit: gloo's threads sometimes abort a process that ends while another still runs, after its work is done
-    script = f"import os, runpy, pathlib; runpy.run_path({test_file!r})['run_rank'](%d, pathlib.Path({str(folder)!r})); os._exit(0)"
+    call = f"runpy.run_path({test_file!r})['run_rank'](%d, pathlib.Path({str(folder)!r}))"
+    script = f"import os, runpy, pathlib; {call}; os._exit(0)"
     started = [
         subprocess.Popen([sys.executable, "-c", script % rank], stderr=subprocess.PIPE, text=True)
         for rank in range(RANKS)
