@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -13,20 +14,30 @@ RANKS = 2
 
 def on_ranks(test_file: str, folder: Path) -> list[dict[str, torch.Tensor]]:
     """Call ``run_rank(rank, folder)`` of `test_file` in `RANKS` processes; what each saved in ``folder/{rank}.pt``."""
+    started = start(test_file, folder)
+    ended = end(started)
+    assert not any(process.returncode for process in started), "\n".join(ended)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
+
+
+def start(test_file: str, folder: Path) -> list[subprocess.Popen[str]]:
+    """The processes, running."""
     # _exit: gloo's threads sometimes abort a process that ends while another still runs, after its work is done
     call = f"runpy.run_path({test_file!r})['run_rank'](%d, pathlib.Path({str(folder)!r}))"
     script = f"import os, runpy, pathlib; {call}; os._exit(0)"
-    started = [
+    return [
         subprocess.Popen([sys.executable, "-c", script % rank], stderr=subprocess.PIPE, text=True)
         for rank in range(RANKS)
     ]
+
+
+def end(started: Sequence[subprocess.Popen[str]], timeout: float = 300) -> list[str]:
+    """Wait until they have ended by themselves; what each wrote on stderr. None is left running."""
     try:
-        ended = [process.communicate(timeout=120)[1] for process in started]
+        return [process.communicate(timeout=timeout)[1] for process in started]
     finally:
         for process in started:
             process.kill()
-    assert not any(process.returncode for process in started), "\n".join(ended)
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
 
 
 def text(words: str) -> torch.Tensor:

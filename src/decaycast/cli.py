@@ -19,13 +19,15 @@ except ImportError as _error:
     raise SystemExit(f"the command line needs typer and rich ({_error}): pip install 'decaycast[lab]'") from _error
 
 from decaycast import cli_lab, cli_probe
-from decaycast.core.experiment import Run, jsonable
+from decaycast.core import ranks
+from decaycast.core.experiment import Row, Run, jsonable
 from decaycast.core.names import choose
 from decaycast.core.schedule import LR_NAMES
 from decaycast.lab import data as datasets
 from decaycast.lab.audit import Decaying, Report, audit_facts, parameter_table
 from decaycast.lab.forecasting import Request, Result, find_weight_decay, recipe_config
 from decaycast.lab.recipes import Facts, read_config, with_options
+from decaycast.lab.resume import Keeper
 from decaycast.lab.rules import Plan
 from decaycast.lab.store import Store
 from decaycast.lab.trial import OPTIMIZERS, RULES, make_optimizer, train_run
@@ -126,9 +128,16 @@ def train(
     seed: SeedOption = 0,
     data_dir: DirOption = None,
     store: Annotated[Path | None, typer.Option(help="keep the row in this store")] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="a file to go on from, where it exists, and to keep up to date")
+    ] = None,
+    checkpoint_every: Annotated[float, typer.Option(help="seconds between checkpoints")] = 60.0,
     as_json: JsonOption = False,
 ) -> None:
-    """Train once, with a progress bar of loss, accuracy, lambda and e-folds spent."""
+    """Train once, with a progress bar of loss, accuracy, lambda and e-folds spent.
+
+    Under torchrun all its ranks train one model together: each takes its share of every batch, and rank 0 reports.
+    """
     choose(rule, RULES, "weight decay rule")
     decay = weight_decay if weight_decay is not None else {"autol2": 0.1}.get(rule, 5e-4)
     config = _config(data, train_size, model, optimizer, lr, momentum, schedule, budget, batch_size)
@@ -138,13 +147,24 @@ def train(
             raise ValueError(f"--budget-efolds belongs to --rule autol2-efolds, got --rule {rule}")
         chosen["budget_efolds"] = _positive("budget of e-folds", budget_efolds)
     run = Run(config={**config, **chosen}, seed=seed)
-    with _progress(as_json) as progress:
-        task = progress.add_task("training", total=budget, note="")
-        row = train_run(
-            run,
-            data_dir=None if data_dir is None else str(data_dir),
-            on_row=lambda r: progress.update(task, completed=int(r["step"]), note=_numbers(r)),
-        )
+    with ranks.joined() as group:
+        first = ranks.rank_in(group) == 0
+        with _progress(as_json or not first) as progress:
+            task = progress.add_task("training", total=budget, note="")
+            row = train_run(
+                run,
+                data_dir=None if data_dir is None else str(data_dir),
+                on_row=lambda r: progress.update(task, completed=int(r["step"]), note=_numbers(r)),
+                group=group,
+                keeper=Keeper(checkpoint, every_seconds=checkpoint_every, group=group) if checkpoint else None,
+            )
+    if first:
+        _print_trained(row, rule, schedule, store, as_json)
+    if row.status == "failed":
+        raise typer.Exit(1)
+
+
+def _print_trained(row: Row, rule: str, schedule: str, store: Path | None, as_json: bool) -> None:
     if rule == "autol2" and schedule != "constant" and not as_json:
         notes.print(
             "note: the paper's AutoL2 is made for a constant learning rate; under a falling one it does not match a tuned "
@@ -158,8 +178,6 @@ def train(
         out.print_json(json.dumps({"status": row.status, "reason": row.reason, **jsonable(numbers)}))
     else:
         _print_numbers("trained" if row.status == "done" else f"failed: {row.reason}", numbers)
-    if row.status == "failed":
-        raise typer.Exit(1)
 
 
 @app.command()

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable
 
 import torch
 
+from decaycast.core import ranks
+
 COLUMNS = (
     "step",  # optimiser steps made when measured
     "efolds",  # e-folds of decay spent so far (NaN where the optimiser has no fixed rate)
@@ -26,10 +28,14 @@ Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def evaluate(
-    model: torch.nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], loss_fn: Loss
+    model: torch.nn.Module,
+    batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    loss_fn: Loss,
+    group: ranks.Group = None,
 ) -> tuple[float, float]:
     """Mean loss and accuracy over `batches`, in evaluation mode without gradients; each module's mode is put back.
 
+    With a `group` the means are over the samples of all its ranks, however many each brings, and every rank gets the same.
     Accuracy is NaN where it has no meaning (targets that are not class indices).
     """
     # module by module: batch norm that was frozen inside a training model has to stay frozen
@@ -52,9 +58,11 @@ def evaluate(
     finally:
         for module, was_training in modes:
             module.training = was_training
+    unclear = float(not classes)
+    loss_sum, correct, count, unclear = ranks.total([loss_sum, correct, float(count), unclear], group)
     if count == 0:
         raise ValueError("there is nothing to evaluate on: the validation data are empty; give at least one sample")
-    return loss_sum / count, correct / count if classes else math.nan
+    return loss_sum / count, math.nan if unclear else correct / count
 
 
 def is_classification(output: torch.Tensor, target: torch.Tensor) -> bool:

@@ -2,6 +2,10 @@
 
 Written to be read. It can stop at any step and be called again to go on (`start`): nothing is kept between calls but the
 model, the optimiser, the batches' iterator and the hooks, which the caller owns.
+
+On several ranks (`decaycast.core.ranks`) give a model in DistributedDataParallel and, on each rank, its own part of the data.
+The rows are then means over the ranks, the same on each, and a training that diverges on one ends on all. Hooks see their own
+rank's batch and loss; one that decides by them has to average (`decaycast.core.ranks.mean`), as AutoL2 does.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ from typing import Any
 
 import torch
 
+from decaycast.core import ranks
 from decaycast.core.hook import Hook, StepContext, chain
 from decaycast.core.measure import Loss, check_labels, is_classification
 from decaycast.core.timescale import group_rate
@@ -48,7 +53,7 @@ def train(
     """Make optimiser steps `start`, ..., `stop` - 1 and return one row per measurement.
 
     Args:
-        model: trained in place, on whatever device it is.
+        model: trained in place, on whatever device it is; in DistributedDataParallel by all ranks of its group.
         batches: yields (inputs, target) on that device; must not run dry before `stop`.
         loss_fn: (output, target) -> scalar, the data loss without penalty.
         optimizer: over the model's parameters; its weight decay is read anew at each measurement.
@@ -56,7 +61,8 @@ def train(
         start: steps made before this call.
         lr_schedule: 0-based step -> multiplier of each group's ``initial_lr``; None leaves the rate alone.
         hooks: see `decaycast.core.hook`; `prepare` is the caller's to call, before it builds the optimiser.
-        evaluate: model -> (validation loss, validation accuracy).
+        evaluate: model -> (validation loss, validation accuracy); on several ranks it gets the network without its wrapper,
+            and the rows have the mean over ranks, each counting alike (over samples: `measure.evaluate` with a group).
         measure_at: numbers of made steps after which to measure.
         efolds_spent: e-folds of decay before `start` (the fastest group's), carried on in the rows.
         autocast: context for forward and loss (mixed precision).
@@ -67,12 +73,13 @@ def train(
 
     Raises:
         DivergedError: the training loss is not finite (looked at when measuring and every 25 steps).
-        ValueError: labels outside the model's outputs; batches that run dry.
+        ValueError: labels outside the model's outputs; batches that run dry; ranks that do not agree on steps, learning rates or
+            weight decays (on each of them).
     """
     hook = chain(*hooks)
     wanted, rows = set(measure_at), []
     scheduled = _initial_rates(optimizer) if lr_schedule else []
-    has_hooks, spent = bool(hooks), _EfoldMeter(optimizer, efolds_spent)
+    has_hooks, spent, together = bool(hooks), _EfoldMeter(optimizer, efolds_spent), ranks.group_of(model)
     if not model.training:
         model.train()  # a model already in training mode keeps the modules its owner froze in evaluation mode
     for step in range(start, stop):
@@ -84,7 +91,9 @@ def train(
         with autocast():
             output = model(inputs)
             if step == start:
-                check_labels(output, target)
+                _check_start(
+                    output, target, optimizer, {"start": start, "stop": stop, "measure_at": sorted(wanted)}, together
+                )
             loss = loss_fn(output, target)
         _backward(loss, optimizer, scaler)
         if has_hooks:
@@ -93,10 +102,12 @@ def train(
         spent.add_step()
         _update(optimizer, scaler)
         measured = step + 1 in wanted
-        if (measured or step % 25 == 0) and not math.isfinite(value := loss.item()):
-            raise DivergedError(step, value, rows)
+        if measured or step % 25 == 0:
+            (value,) = ranks.mean([loss.item()], together)
+            if not math.isfinite(value):
+                raise DivergedError(step, value, rows)
         if measured:
-            rows.append(_row(step + 1, spent.total, optimizer, loss, output, target, evaluate, model))
+            rows.append(_row(step + 1, spent.total, optimizer, loss.item(), output, target, evaluate, model))
             hook.on_measure(step + 1, rows[-1])
     return rows
 
@@ -137,27 +148,42 @@ def _row(
     step: int,
     efolds: float,
     optimizer: torch.optim.Optimizer,
-    loss: torch.Tensor,
+    loss: float,
     output: torch.Tensor,
     target: torch.Tensor,
     evaluate: Evaluate | None,
     model: torch.nn.Module,
 ) -> dict[str, float]:
-    group = optimizer.param_groups[0]
+    first = optimizer.param_groups[0]
     accuracy = math.nan
     if is_classification(output, target):
         accuracy = (output.detach().argmax(1) == target).float().mean().item()
-    validation_loss, validation_accuracy = evaluate(model) if evaluate else (math.nan, math.nan)
+    validation = evaluate(ranks.unwrapped(model)) if evaluate else (math.nan, math.nan)
+    names = ("train_loss", "train_accuracy", "validation_loss", "validation_accuracy")
+    measured = ranks.mean([loss, accuracy, *validation], ranks.group_of(model))
     return {
         "step": float(step),
         "efolds": efolds,
-        "lr": float(group["lr"]),
-        "weight_decay": float(group.get("weight_decay", 0.0)),
-        "train_loss": loss.item(),
-        "train_accuracy": accuracy,
-        "validation_loss": validation_loss,
-        "validation_accuracy": validation_accuracy,
+        "lr": float(first["lr"]),
+        "weight_decay": float(first.get("weight_decay", 0.0)),
+        **dict(zip(names, measured, strict=True)),
     }
+
+
+def _check_start(
+    output: torch.Tensor,
+    target: torch.Tensor,
+    optimizer: torch.optim.Optimizer,
+    steps: dict[str, Any],
+    group: ranks.Group,
+) -> None:
+    """What is wrong with the first batch, or differs between the ranks, is an error on all of them."""
+    try:
+        check_labels(output, target)
+        error = None
+    except ValueError as found:
+        error = found
+    ranks.agree({**steps, **ranks.settings_of(optimizer)} if group is not None else {}, group, error=error)
 
 
 def _initial_rates(optimizer: torch.optim.Optimizer) -> list[tuple[dict[str, Any], float]]:

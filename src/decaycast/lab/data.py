@@ -132,23 +132,50 @@ def _load_text(
     return Split(name=name, classes=len(alphabet), **parts)
 
 
-def batches(inputs: torch.Tensor, target: torch.Tensor, batch_size: int, seed: int):
+def batches(
+    inputs: torch.Tensor,
+    target: torch.Tensor,
+    batch_size: int,
+    seed: int,
+    *,
+    skip: int = 0,
+    share: tuple[int, int] = (0, 1),
+):
     """Endless shuffled mini-batches, each epoch in a fresh order; an incomplete last batch is skipped.
 
-    A batch size of at least the number of samples gives full-batch training.
+    A batch size of at least the number of samples gives full-batch training. `skip` leaves out that many batches at the
+    beginning. Of `share` = (rank, ranks) the rank gets its part of each batch, all parts equally large.
+
+    Raises:
+        DataError: no samples, or a batch that the ranks cannot share equally.
     """
     generator = torch.Generator().manual_seed(seed)
     count = len(inputs)
     if count == 0:
         raise DataError("there are no training samples; ask for at least one")
+    part = _part(min(batch_size, count), *share)
+    if batch_size >= count:
+        whole = (inputs, target) if share[1] == 1 else (inputs[part], target[part])
+        while True:
+            yield whole
+    epochs, skip = divmod(skip, count // batch_size)
+    for _ in range(epochs):
+        torch.randperm(count, generator=generator)
     while True:
-        if batch_size >= count:
-            yield inputs, target
-            continue
         order = torch.randperm(count, generator=generator).to(inputs.device)
-        for start in range(0, count - batch_size + 1, batch_size):
-            index = order[start : start + batch_size]
+        for start in range(skip * batch_size, count - batch_size + 1, batch_size):
+            index = order[start : start + batch_size][part]
             yield inputs[index], target[index]
+        skip = 0
+
+
+def _part(size: int, rank: int, ranks: int) -> slice:
+    if size % ranks:
+        raise DataError(
+            f"{ranks} ranks cannot share a batch of {size} samples equally; choose a batch size that {ranks} divides (a batch "
+            "of all samples: such a train_size)"
+        )
+    return slice(rank * size // ranks, (rank + 1) * size // ranks)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,16 +1,25 @@
-"""From a run's description to a training and its row; a trial can pause at any step and go on."""
+"""From a run's description to a training and its row; a trial can pause at any step and go on.
+
+On several ranks each gets its part of every batch and of the validation samples, and gradients are averaged: up to rounding
+the same training as one process on the whole batch, batch norm included.
+"""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as functional
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
-from decaycast.core.decay import WeightDecayScheduler
+from decaycast.core import ranks
+from decaycast.core.checkpoint import CheckpointError
+from decaycast.core.decay import WeightDecayScheduler, check_keys
 from decaycast.core.experiment import Row, Run
 from decaycast.core.hook import Hook, StepContext
 from decaycast.core.measure import COLUMNS, evaluate, measuring_steps
@@ -20,6 +29,10 @@ from decaycast.core.train import DivergedError, train
 from decaycast.lab import data, models
 from decaycast.lab.provenance import provenance
 from decaycast.methods.l2.autol2 import AutoL2Hook
+from decaycast.methods.stochnorm.method import StochNorm
+
+if TYPE_CHECKING:
+    from decaycast.lab.resume import Keeper
 
 DEFAULTS = {
     "data": "digits",
@@ -56,25 +69,33 @@ def make_optimizer(config: dict, parameters) -> torch.optim.Optimizer:
 
 
 class Trial:
-    """One run's model, optimiser, batches and curve, held so that training can stop and go on."""
+    """One run's model, optimiser, batches and curve, held so that training can stop and go on.
+
+    With a `group` every rank of it builds the same trial and makes the same calls.
+    """
 
     def __init__(
-        self, run: Run, *, data_dir: str | None = None, device: str = "cpu", hooks: Sequence[Hook] = ()
+        self,
+        run: Run,
+        *,
+        data_dir: str | None = None,
+        device: str = "cpu",
+        hooks: Sequence[Hook] = (),
+        group: ranks.Group = None,
     ) -> None:
         config = {**DEFAULTS, **run.config}
         for name in run.config:
             choose(name, tuple(DEFAULTS), "run setting")
-        self.config, self.run, self.device = config, run, device
+        self.config, self.run, self.device, self.group = config, run, device, group
         sizes = {key: config[key] for key in ("train_size", "validation_size", "test_size", "pool")}
         if config["rule"] == "autol2-efolds":
             config["weight_decay"] = config["weight_decay"] or 1.0  # any: only ratios between groups matter
         self.split = data.load(config["data"], data_dir=data_dir, **sizes)
         model = models.build(config["model"], self.split.shape, self.split.classes, seed=run.seed)
-        self.model = model.to(device)
+        self.model = (model if group is None else _synchronised(model, group)).to(device)
         self.optimizer = make_optimizer(config, self.model.parameters())
         self.hooks = [*hooks, *_rule_hooks(config, self.optimizer)]
-        inputs, target = (part.to(device) for part in self.split.train)
-        self.batches = data.batches(inputs, target, config["batch_size"], run.seed)
+        self.batches = self._batches(skip=0)
         self.schedule = lr_by_name(config["schedule"], config["steps"])
         self.measure_at = measuring_steps(config["steps"], config["points"])
         self.step, self.efolds, self.rows = 0, 0.0, []
@@ -93,11 +114,21 @@ class Trial:
                 if on_row:
                     on_row(self.rows[-1])
 
+    @cached_property
+    def trained(self) -> nn.Module:
+        """What the training loop calls: the network, on several ranks inside DistributedDataParallel."""
+        return self.model if self.group is None else DistributedDataParallel(self.model, process_group=self.group)
+
+    def _batches(self, skip: int) -> Any:
+        inputs, target = (part.to(self.device) for part in self.split.train)
+        share = (ranks.rank_in(self.group), ranks.size_of(self.group))
+        return data.batches(inputs, target, self.config["batch_size"], self.run.seed, skip=skip, share=share)
+
     def _train_to(self, stop: int) -> None:
         if self.rows and int(self.rows[-1]["step"]) not in self.measure_at:
             self.rows.pop()  # measured only because training paused there: where it pauses must not show in the curve
         self.rows += train(
-            self.model,
+            self.trained,
             self.batches,
             functional.cross_entropy,
             self.optimizer,
@@ -110,6 +141,38 @@ class Trial:
             efolds_spent=self.efolds,
         )
         self.step, self.efolds = stop, self.rows[-1]["efolds"]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything to go on from here, on any number of ranks; tensors and plain values."""
+        return {
+            "run": {"config": dict(self.run.config), "seed": self.run.seed},
+            "step": self.step,
+            "efolds": self.efolds,
+            "rows": [dict(row) for row in self.rows],
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "hooks": [hook.state_dict() for hook in self.hooks],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state` was saved; before the first step.
+
+        Raises:
+            CheckpointError: the state of another run.
+        """
+        check_keys(state, self.state_dict(), "Trial")
+        saved = Run(**state["run"])
+        if saved.key != self.run.key:
+            differing = _differing(saved, self.run)
+            raise CheckpointError(
+                f"this is the checkpoint of another run ({differing}); choose another file for this one"
+            )
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        for hook, part in zip(self.hooks, state["hooks"], strict=True):
+            hook.load_state_dict(part)
+        self.step, self.efolds, self.rows = state["step"], state["efolds"], [dict(row) for row in state["rows"]]
+        self.batches = self._batches(skip=self.step)
 
     def curve(self) -> dict[str, list[float]]:
         """What was measured so far, by column."""
@@ -124,9 +187,10 @@ class Trial:
         return self._evaluate(self.split.validation)
 
     def _evaluate(self, part: tuple[torch.Tensor, torch.Tensor]) -> tuple[float, float]:
-        inputs, target = (tensor.to(self.device) for tensor in part)
-        pairs = zip(inputs.split(500), target.split(500), strict=True)
-        return evaluate(self.model, pairs, functional.cross_entropy)
+        rank, count = ranks.rank_in(self.group), ranks.size_of(self.group)
+        inputs, target = (tensor.tensor_split(count)[rank].to(self.device) for tensor in part)
+        pairs = [pair for pair in zip(inputs.split(500), target.split(500), strict=True) if len(pair[1])]
+        return evaluate(self.model, pairs, functional.cross_entropy, self.group)
 
 
 def train_run(
@@ -135,16 +199,33 @@ def train_run(
     data_dir: str | None = None,
     device: str = "cpu",
     on_row: Callable[[dict[str, float]], None] | None = None,
+    group: ranks.Group = None,
+    keeper: Keeper | None = None,
 ) -> Row:
-    """Train one run from nothing to its `stop` (default: its `steps`) and read the test data at the end.
+    """Train one run to its `stop` (default: its `steps`) and read the test data at the end.
 
-    Divergence gives a failed row with the curve up to it; other errors are raised for the executor to record.
+    Divergence gives a failed row with the curve up to it; other errors are raised for the executor to record. With a `group`
+    every rank of it makes this call and gets the same row. A `keeper` (`decaycast.lab.resume`) goes on from its
+    checkpoint and writes new ones.
+
+    Raises:
+        ValueError: ranks that were given different runs (on each of them).
+        RuntimeError: another rank could not build its trial.
     """
     began = time.perf_counter()
-    trial = Trial(run, data_dir=data_dir, device=device)
+    trial = _built(run, data_dir, device, group)
     status, reason, final = "done", "", {}
+
+    def measured(row: dict[str, float]) -> None:
+        if keeper is not None:
+            keeper.note(trial)
+        if on_row is not None:
+            on_row(row)
+
+    if keeper is not None:
+        keeper.restore(trial)
     try:
-        trial.advance(int(trial.config["stop"] or trial.config["steps"]), on_row)
+        trial.advance(int(trial.config["stop"] or trial.config["steps"]), measured)
         final = trial.test()
         if not all(math.isfinite(value) for value in final.values()):
             status, reason = "failed", f"the trained network's test loss is not finite: {final}"
@@ -156,9 +237,32 @@ def train_run(
         reason=reason,
         curve=trial.curve(),
         final=final,
-        seconds=time.perf_counter() - began,
-        provenance=provenance(),
+        seconds=time.perf_counter() - began if keeper is None else keeper.seconds,
+        provenance=provenance(device) | ({} if group is None else {"ranks": str(ranks.size_of(group))}),
     )
+
+
+def _built(run: Run, data_dir: str | None, device: str, group: ranks.Group) -> Trial:
+    """The trial; what one rank lacks (data, memory), or was told differently, is an error on all of them."""
+    trial, error = None, None
+    try:
+        trial = Trial(run, data_dir=data_dir, device=device, group=group)
+    except Exception as found:
+        error = found
+    ranks.agree({**run.config, "seed": run.seed, "torch": str(torch.__version__)}, group, error=error)
+    assert trial is not None  # else agree has raised
+    return trial
+
+
+def _synchronised(model: nn.Module, group: ranks.Group) -> nn.Module:
+    """Batch norm over the batch of all ranks: StochNorm with p = 1, which unlike SyncBatchNorm also trains on CPU."""
+    return StochNorm.convert(nn.SyncBatchNorm.convert_sync_batchnorm(model, group), p=1.0, report=None)
+
+
+def _differing(saved: Run, asked: Run) -> str:
+    one, other = ({**run.config, "seed": run.seed} for run in (saved, asked))
+    names = [name for name in {**one, **other} if one.get(name) != other.get(name)]
+    return ", ".join(f"{name} {one.get(name)} there, {other.get(name)} here" for name in names)
 
 
 class _DecaySchedule(Hook):

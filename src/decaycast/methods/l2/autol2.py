@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from decaycast.core import ranks
 from decaycast.core.decay import WeightDecayController
 from decaycast.core.hook import Hook, StepContext
 from decaycast.core.names import choose
@@ -46,8 +47,11 @@ class AutoL2(WeightDecayController):
     this is the paper's order, measured before the update. Called after ``optimizer.step()`` it does the same, each
     decay one step later.
 
-    In data-parallel training every rank must pass the same numbers, the means over all ranks (reduce them when `due`):
-    ranks that decide on their own batches would decay at different steps, and their copies of the model drift apart.
+    In data-parallel training (a process group of several ranks is up) every rank calls `step` with the numbers of its own
+    batch. When `due`, AutoL2 averages them over the ranks, all of which then decide alike: ranks that decided on their own
+    batches would decay at different steps, and their copies of the model drift apart. It refuses ranks whose steps, learning
+    rates or settings differ. With ``reduce=False`` nothing is exchanged: for numbers that are means over the ranks already,
+    and for ranks that each train a model of their own.
 
     ``clock="steps"``, the default, is the paper's rule with the paper's numbers; see the head of this file for its units.
     Its refractory period counts steps, and under a falling learning rate it does not match a tuned constant (stated in the
@@ -67,6 +71,7 @@ class AutoL2(WeightDecayController):
         steps: optimiser steps of the run, >= 1.
         lr: learning rate of the run for the group that leads (it decays most, among equals the fastest): a number, one value
             per step or a function of the 0-based step; by default the rate that the optimiser has now, taken as constant.
+        reduce: whether to average loss and error over all ranks of torch.distributed [True].
 
     Warns:
         UserWarning: `lr` is left out, and a learning-rate scheduler has already moved the rate (a warm-up, say).
@@ -101,6 +106,7 @@ class AutoL2(WeightDecayController):
         budget_efolds: float | None = None,
         steps: int | None = None,
         lr: LearningRate | None = None,
+        reduce: bool = True,
     ) -> None:
         given = {"start": start, "budget_efolds": budget_efolds, "steps": steps, "lr": lr}
         _check_settings(given, clock)
@@ -127,7 +133,7 @@ class AutoL2(WeightDecayController):
                 measure_every,
             )
         self._in_force = self.rule.coefficient
-        self.steps = 0
+        self.steps, self.reduce = 0, reduce
         self._write()
 
     @property
@@ -143,8 +149,12 @@ class AutoL2(WeightDecayController):
             error: its share of wrong predictions, in [0, 1]. Both are read only when `due`.
 
         Raises:
-            ValueError: as `AutoL2Rule.update`; the step then does not count.
+            ValueError: as `AutoL2Rule.update`; the step then does not count. On all of several ranks: a number that is not
+                finite on one of them, or steps, learning rates or settings that differ.
+            RuntimeError: torchrun started several ranks, but there is no process group.
         """
+        if self.reduce and self.due:
+            loss, error = self._over_ranks(loss, error)
         before = self._in_force
         if isinstance(self.rule, BudgetRule):
             self._in_force = self.rule.update(self.steps, loss, error, self._rate_now())
@@ -178,6 +188,16 @@ class AutoL2(WeightDecayController):
         self.rule.load_state_dict(state["rule"])
         self._initial, self._largest, self.steps, self._in_force = initial, largest, steps, in_force
         self._write()
+
+    def _over_ranks(self, loss: Number, error: Number) -> tuple[Number, Number]:
+        group = ranks.world()
+        if group is None:
+            return loss, error
+        state = self.state_dict()
+        rule = state.pop("rule")
+        same = {"AutoL2's steps": self.steps, "AutoL2's rule": rule, **ranks.settings_of(self.optimizer)}
+        same["initial weight decay"] = state["initial_weight_decay"]
+        return tuple(ranks.mean([loss, error], group, same=same))  # type: ignore[return-value]
 
     def _scaled(self, initial: float) -> float:
         return self._in_force * (initial / self._largest)

@@ -3,6 +3,10 @@
 Arms share the caller's model: each keeps a copy of its weights, its optimiser, its place in the data and its random state,
 and is swapped in when it trains. All arms start from the same weights and see the same batches. Whatever happens, the model,
 its mode and buffers, the random generators and the loaders' generators are put back.
+
+On several ranks give the model in DistributedDataParallel and loaders of each rank's own part of the data (a
+DistributedSampler): the ranks train the arms together, measure over all validation samples and get the same forecast. A model
+that is not wrapped is this rank's own, and nothing is exchanged.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from decaycast.core import ranks
 from decaycast.core.measure import Loss, evaluate, measuring_steps
 from decaycast.core.names import choose
 from decaycast.core.schedule import whole
@@ -66,7 +71,8 @@ def find(
 
     Raises:
         ValueError: an empty or one-shot loader, labels outside the model's outputs, an optimiser whose weight decay has no
-            shrink rate (Adam with coupled L2), a `make_optimizer` that ignores the decay or hands out one optimiser twice.
+            shrink rate (Adam with coupled L2), a `make_optimizer` that ignores the decay or hands out one optimiser twice, ranks
+            that were asked different things.
 
     Source: Lewkowycz & Gur-Ari 2020, sec. 2 (one short run predicts); arms, drift and prior as in `forecast`.
     """
@@ -79,6 +85,8 @@ def find(
                 f"{name} is an iterator, which can be gone through only once, but every arm starts from its beginning; "
                 "give the loader itself"
             )
+    asked = {"budget_steps": budget_steps, "max_cost": max_cost, "metric": metric}
+    ranks.agree({**asked, "candidates": _plain(candidates)}, ranks.group_of(model))
     bench = _Bench(model, make_optimizer, loss_fn, train_loader, val_loader, lr_schedule, amp_dtype, budget_steps)
     try:
         return forecast(
@@ -92,6 +100,10 @@ def find(
         )
     finally:
         bench.restore()
+
+
+def _plain(candidates: Sequence[float] | None) -> list[float] | None:
+    return None if candidates is None else [float(each) for each in candidates]
 
 
 def _checked_maker(make_optimizer: Callable[..., torch.optim.Optimizer]) -> MakeOptimizer:
@@ -240,7 +252,7 @@ class _Bench:
         randomness = _randomness(self.generators)  # a loader draws a seed whenever it starts, shuffling or not
         try:
             with self._autocast():
-                return evaluate(model, map(self._to_device, self.val_loader), self.loss_fn)
+                return evaluate(model, map(self._to_device, self.val_loader), self.loss_fn, ranks.group_of(self.model))
         finally:
             _set_randomness(randomness, self.generators)
 

@@ -89,7 +89,8 @@ def forecast(
     Args:
         probe: ``probe(weight_decay, steps) -> (steps_array, metric_array)`` trains that arm up to `steps` optimiser steps
             in all, continuing where it was, and returns what was measured so far. It may raise FloatingPointError or
-            return non-finite values for an arm that diverged; the arm then counts as worst and the forecast goes on.
+            return non-finite values for an arm that diverged; the arm then counts as worst and the forecast goes on. On several
+            ranks it has to return the same numbers on each (means over the ranks); then the forecasts are the same.
         budget_steps: optimiser steps of the full training, >= 10.
         lr: the learning rate of the full training (number, one per step, or function of the step), such that the optimiser
             shrinks weights by lr*weight_decay per step: divide by 1 - momentum for coupled SGD. None when not known: then
