@@ -5,7 +5,7 @@ PYTHON ?= python3
 PIP_INSTALL = -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 SOURCES := $(shell find src -type f -name '*.py' -o -type f -name '*.html')
 
-.PHONY: demo test test-fast test-timm lint format clean
+.PHONY: demo test test-fast test-timm lint format bench clean
 
 demo: .venv-demo/installed  ## forecast the weight decay of a network on real data, and write the page
 	.venv-demo/bin/decaycast find --data digits --train-size 512 --optimizer adamw --budget 1500 --verify
@@ -19,6 +19,9 @@ test-fast: .venv-test/installed  ## without the tests marked slow
 test-timm: .venv-timm/installed  ## the tests against timm, which needs torchvision and with it torch as the registry has it (5 GB)
 	.venv-timm/bin/python -m pytest -q -m timm $(shell grep -rl --include='*.py' 'mark\.timm' tests)
 
+bench: .venv-bench/installed  ## every benchmark, hours; the table alone: python bench/all.py --table
+	.venv-bench/bin/python bench/all.py
+
 lint: .venv-test/linters  ## style and types
 	.venv-test/bin/ruff check src tests bench
 	.venv-test/bin/ruff format --check src tests bench
@@ -29,7 +32,7 @@ format: .venv-test/linters
 	.venv-test/bin/ruff format src tests bench
 
 clean:
-	rm -rf .venv-demo .venv-test .venv-timm dist
+	rm -rf .venv-demo .venv-test .venv-timm .venv-bench dist
 
 # one pip command with the constraint sees torch's pinned version first, so that a CPU build of it is taken where there is one
 
@@ -47,6 +50,15 @@ clean:
 .venv-timm/installed: pyproject.toml
 	test -x .venv-timm/bin/python || $(PYTHON) -m venv .venv-timm
 	.venv-timm/bin/python -m pip install --quiet --disable-pip-version-check --editable . 'timm>=1.0.20' 'pytest>=8.4' 'hypothesis>=6.140'
+	touch $@
+
+.venv-bench/installed: pyproject.toml constraints.txt
+	test -x .venv-bench/bin/python || $(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/python $(PIP_INSTALL) --editable '.[bench,ray,parquet]'
+	touch $@
+
+.venv-test/extras: .venv-test/installed
+	.venv-test/bin/python $(PIP_INSTALL) --editable '.[test,ray,parquet,lightning,hf,torchmetrics,loggers]'
 	touch $@
 
 .venv-test/linters: .venv-test/installed

@@ -19,10 +19,16 @@ MODULES = [
 
 @pytest.mark.parametrize("name", MODULES)
 def test_the_examples_of_a_module_run(name: str):
-    assert doctest.testmod(importlib.import_module(name)).failed == 0
+    try:
+        module = importlib.import_module(name)
+    except ImportError as error:
+        if "pip install 'decaycast[" not in str(error):
+            raise
+        pytest.skip(str(error))
+    assert doctest.testmod(module).failed == 0
 
 
 def test_there_are_examples():
     finder = doctest.DocTestFinder()
-    modules = map(importlib.import_module, MODULES)
+    modules = [importlib.import_module(name) for name in MODULES if ".adapters." not in name]
     assert sum(bool(found.examples) for module in modules for found in finder.find(module)) > 50

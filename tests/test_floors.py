@@ -18,7 +18,13 @@ VERBS = [path.stem for path in PACKAGE.glob("cli*.py")]
 BASE = ("torch", "numpy")
 # what may be imported from outside at module level; other imports belong inside the function that needs them
 THIRD_PARTY = {"lab": {"jinja2", "markupsafe", "plotly", "rich", "sklearn"}, "cli": {"typer", "rich", "click"}}
-OF_ONE_FILE = {"methods.self_distill.estimator": {"sklearn"}}  # loaded when its public name is asked for
+OF_ONE_FILE = {
+    "methods.self_distill.estimator": {"sklearn"},  # loaded when its public name is asked for
+    "adapters.accelerate": {"accelerate"},
+    "adapters.huggingface_base": {"accelerate", "transformers"},
+    "adapters.lightning_base": {"lightning", "pytorch_lightning"},
+    "adapters.torchmetrics": {"torchmetrics"},
+}
 
 
 def allowed(name: str) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ order, and other trainers have the same places:
 method                plain loop, per optimiser step          Lightning callback                         Hugging Face
 ====================  ======================================  =========================================  ==============
 prepare(model)        once, before the optimiser is built     setup (LightningModule: configure_model)   before Trainer(...)
-on_batch(step, b)     before the forward pass                 on_train_batch_start (edit in place) or    data collator
+on_batch(step, b)     before the forward pass                 on_train_batch_start (edit in place) or    training_step
                                                               LightningModule.on_after_batch_transfer
 on_step(step, ctx)    after backward, before the update       on_before_optimizer_step                   on_pre_optimizer_step
 on_measure(step, r)   after an evaluation                     on_validation_end                          on_evaluate

@@ -15,7 +15,6 @@ import contextlib
 import copy
 import inspect
 import math
-import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -25,6 +24,7 @@ import torch
 from decaycast.core import ranks
 from decaycast.core.measure import Loss, evaluate, measuring_steps
 from decaycast.core.names import choose
+from decaycast.core.randomness import generators_of, randomness, set_randomness
 from decaycast.core.schedule import whole
 from decaycast.core.timescale import group_rate
 from decaycast.core.train import DivergedError, endless, train
@@ -173,13 +173,13 @@ class _Bench:
         if parameter is None:
             raise ValueError("the model has no parameters, so there is nothing to decay")
         self.device = parameter.device
-        self.generators = _generators(train_loader) + _generators(val_loader)
+        self.generators = generators_of(train_loader) + generators_of(val_loader)
         self.arms: dict[float, _Arm] = {}
         self.active: _Arm | None = None
         self.initial_weights = _copy_of(model)
         self.initial_modes = [(module, module.training) for module in model.modules()]
         self.initial_grads = [(p, p.grad) for p in model.parameters()]
-        self.initial_randomness = _randomness(self.generators)
+        self.initial_randomness = randomness(self.generators)
 
     def probe(self, metric: str) -> Callable[[float, int], tuple[list[float], list[float]]]:
         """The function `forecast` asks: extend an arm and return its curve so far."""
@@ -204,25 +204,25 @@ class _Bench:
             module.training = mode
         for parameter, grad in self.initial_grads:
             parameter.grad = grad
-        _set_randomness(self.initial_randomness, self.generators)
+        set_randomness(self.initial_randomness, self.generators)
 
     def _swap_in(self, weight_decay: float) -> _Arm:
         arm = self.arms.get(weight_decay)
         if arm is not None and arm is self.active:
             return arm
         if self.active is not None:
-            self.active.weights, self.active.randomness = _copy_of(self.model), _randomness(self.generators)
+            self.active.weights, self.active.randomness = _copy_of(self.model), randomness(self.generators)
         if arm is None:
             arm = self._new_arm(weight_decay)
         else:
             self._load(arm.weights)
-            _set_randomness(arm.randomness, self.generators)
+            set_randomness(arm.randomness, self.generators)
         self.active = arm
         return arm
 
     def _new_arm(self, weight_decay: float) -> _Arm:
         self._load(self.initial_weights)
-        _set_randomness(self.initial_randomness, self.generators)
+        set_randomness(self.initial_randomness, self.generators)
         for parameter, _ in self.initial_grads:
             parameter.grad = None  # or backward would add to the caller's gradients where the optimiser zeroes none
         optimizer = self.make_optimizer(self.model, weight_decay)
@@ -249,12 +249,12 @@ class _Bench:
         )
 
     def _evaluate(self, model: torch.nn.Module) -> tuple[float, float]:
-        randomness = _randomness(self.generators)  # a loader draws a seed whenever it starts, shuffling or not
+        state = randomness(self.generators)  # a loader draws a seed whenever it starts, shuffling or not
         try:
             with self._autocast():
                 return evaluate(model, map(self._to_device, self.val_loader), self.loss_fn, ranks.group_of(self.model))
         finally:
-            _set_randomness(randomness, self.generators)
+            set_randomness(state, self.generators)
 
     def _to_device(self, batch: Any) -> Any:
         is_pair = isinstance(batch, (tuple, list)) and len(batch) == 2
@@ -296,30 +296,3 @@ def _unshared(loader: Any) -> Any:
     own = copy.copy(loader)
     own._iterator = None
     return own
-
-
-def _generators(loader: Any) -> list[torch.Generator]:
-    """The generators a DataLoader shuffles with; none where it uses the global one."""
-    owners = (
-        loader,
-        getattr(loader, "sampler", None),
-        getattr(getattr(loader, "batch_sampler", None), "sampler", None),
-    )
-    found = [getattr(owner, "generator", None) for owner in owners]
-    return list({id(item): item for item in found if isinstance(item, torch.Generator)}.values())
-
-
-def _randomness(generators: Sequence[torch.Generator]) -> list[Any]:
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    legacy = np.random.get_state()
-    return [torch.get_rng_state(), cuda, random.getstate(), legacy, [item.get_state() for item in generators]]
-
-
-def _set_randomness(state: list[Any], generators: Sequence[torch.Generator]) -> None:
-    torch.set_rng_state(state[0])
-    if state[1]:
-        torch.cuda.set_rng_state_all(state[1])
-    random.setstate(state[2])
-    np.random.set_state(state[3])
-    for item, value in zip(generators, state[4], strict=True):
-        item.set_state(value)
