@@ -18,7 +18,7 @@ try:
 except ImportError as _error:
     raise SystemExit(f"the command line needs typer and rich ({_error}): pip install 'decaycast[lab]'") from _error
 
-from decaycast import cli_lab, cli_probe
+from decaycast import cli_lab, cli_probe, cli_sweep
 from decaycast.core import ranks
 from decaycast.core.experiment import Row, Run, jsonable
 from decaycast.core.names import choose
@@ -38,6 +38,7 @@ out = Console()
 notes = Console(stderr=True)
 app.add_typer(cli_lab.app, name="lab")
 app.command("probe-lr")(cli_probe.probe_lr)
+app.command("sweep")(cli_sweep.sweep_command)
 
 
 class Metric(enum.StrEnum):

@@ -21,6 +21,7 @@ from decaycast.lab.figures import export_rows, figures, price, run_figures, runs
 from decaycast.lab.findings import Finding, verdict_table
 from decaycast.lab.report import INDEX, write_report
 from decaycast.lab.store import Store, StoreError, load_export
+from decaycast.lab.where import PLACES, cores, executor
 
 app = typer.Typer(
     no_args_is_help=True, help="The papers' figures: list them, train what they need, judge and show them."
@@ -68,7 +69,9 @@ def list_figures(pattern: PatternArgument = "*", store: StoreOption = USUAL_STOR
 def run(
     pattern: PatternArgument,
     size: SizeOption = SizeName.small,
-    workers: Annotated[int, typer.Option(help="processes; 1 trains in this one")] = 2,
+    workers: Annotated[int | None, typer.Option(help="trainings at a time [2; on ray all its cores]")] = None,
+    on: Annotated[str, typer.Option("--on", help=f"where to train: {', '.join(PLACES)}")] = "processes",
+    address: Annotated[str | None, typer.Option("--address", help="HOST:PORT of a Ray cluster [one made here]")] = None,
     store: StoreOption = USUAL_STORE,
     data_dir: DirOption = None,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="train failed runs again")] = False,
@@ -77,18 +80,22 @@ def run(
 ) -> None:
     """Train the runs that figures lack; the same command goes on where it was interrupted."""
     chosen, name = select(pattern), _size(size)
+    if on == "processes":
+        on, workers = ("here", 1) if workers == 1 else (on, 2 if workers is None else workers)
+    execute = executor(on, workers=workers, address=address)
+    at_once = 1 if on == "here" else workers or cores()
     runs = runs_of(chosen, name)
     with Store(store) as opened:
         missing = opened.missing(runs, retry_failed=retry_failed)
         seconds = price(missing, opened.read())
         if not as_json:
-            notes.print(_plan(len(runs), seconds, workers), highlight=False)
+            notes.print(_plan(len(runs), seconds, at_once), highlight=False)
         with _Watch(missing, seconds, quiet=as_json) as watch:
             rows_by_figure = run_figures(
                 chosen,
                 name,
                 opened,
-                workers=workers,
+                execute=execute,
                 data_dir=None if data_dir is None else str(data_dir),
                 retry_failed=retry_failed,
                 on_row=watch.on_row,

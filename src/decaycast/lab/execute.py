@@ -5,6 +5,7 @@ one torch thread each: small networks gain nothing from more threads, and n runs
 
 Every run given ends in exactly one row, also when training raises or its process is killed: then a failed row with
 the reason. Only an interrupt (Ctrl-C) ends an executor early; rows handed to `on_row` before it are complete.
+An executor that has several rows at once hands them over within `together(on_row)`, so that they are stored as one.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 
@@ -36,10 +37,19 @@ _READY = "ready"
 _GRACE_SECONDS = 5.0  # between asking a worker to end and killing it
 
 
+def together(on_row: OnRow) -> AbstractContextManager[object]:
+    """A context in which rows may be collected and stored at its end in one transaction, where `on_row` can do that.
+
+    A store waits for the disk once per transaction, some milliseconds: too long for each of a hundred small trainings.
+    """
+    collect: Callable[[], AbstractContextManager[object]] = getattr(on_row, "together", nullcontext)
+    return collect()
+
+
 def in_process(runs: Sequence[Run], train: Train, on_row: OnRow) -> None:
     """Train `runs` here in order and hand each row to `on_row`; an exception of `train` becomes a failed row."""
     for run in runs:
-        on_row(_attempt(train, run))
+        on_row(attempt(train, run))
 
 
 def processes(workers: int = 2) -> Execute:
@@ -120,24 +130,27 @@ class _Worker:
                 f"a worker process ended with exit code {code} before its first run; its error stands above. In a "
                 'script, start the work under `if __name__ == "__main__":`; use in_process to find the cause'
             )
-        return _failed(self.run, f"worker process died with {_describe_exit(code)}", time.perf_counter() - self.started)
+        return failed_row(
+            self.run, f"worker process died with {_describe_exit(code)}", time.perf_counter() - self.started
+        )
 
 
 def _serve_next(crew: list[_Worker], pending: deque[Run], train: Train, on_row: OnRow) -> None:
     """Wait until workers report; pass on their rows, give them the next run, replace the dead, dismiss the idle."""
     reporting = set(wait([worker.connection for worker in crew]))
-    for worker in [worker for worker in crew if worker.connection in reporting]:
-        row = worker.receive()
-        stays = worker.run is None and bool(pending)
-        if stays:
-            worker.give(pending.popleft())  # before on_row, so that it trains while the row is being stored
-        if row is not None:
-            on_row(row)
-        if not stays:
-            crew.remove(worker)
-            _end([worker])
-            if pending:
-                crew.append(_Worker(train))
+    with together(on_row):
+        for worker in [worker for worker in crew if worker.connection in reporting]:
+            row = worker.receive()
+            stays = worker.run is None and bool(pending)
+            if stays:
+                worker.give(pending.popleft())  # before on_row, so that it trains while the row is being stored
+            if row is not None:
+                on_row(row)
+            if not stays:
+                crew.remove(worker)
+                _end([worker])
+                if pending:
+                    crew.append(_Worker(train))
 
 
 def _end(crew: Sequence[_Worker]) -> None:
@@ -161,7 +174,7 @@ def _work(connection: Connection, train: Train) -> None:
         while True:
             config, seed = connection.recv()
             run = Run(config=config, seed=seed)
-            _send(connection, run, _attempt(train, run))
+            _send(connection, run, attempt(train, run))
     except (EOFError, OSError):
         return  # the parent is gone or done with us
 
@@ -170,11 +183,12 @@ def _send(connection: Connection, run: Run, row: Row) -> None:
     try:
         message = pickle.dumps(row)
     except Exception as error:  # pickling runs code of whatever the row holds
-        message = pickle.dumps(_failed(run, f"its row cannot be sent: {_describe(error)}", row.seconds))
+        message = pickle.dumps(failed_row(run, f"its row cannot be sent: {describe_error(error)}", row.seconds))
     connection.send_bytes(message)
 
 
-def _attempt(train: Train, run: Run) -> Row:
+def attempt(train: Train, run: Run) -> Row:
+    """The row of `run`: what `train` returns, or a failed one with the reason where it raises or returns anything else."""
     started = time.perf_counter()
     try:
         row = train(run)
@@ -182,15 +196,17 @@ def _attempt(train: Train, run: Run) -> Row:
             raise TypeError(f"train must return the Row of the run it got, got {row!r:.200}")
     except Exception as error:
         _log.info("run %s failed", run.key, exc_info=True)
-        return _failed(run, _describe(error), time.perf_counter() - started)
+        return failed_row(run, describe_error(error), time.perf_counter() - started)
     return row
 
 
-def _failed(run: Run, reason: str, seconds: float) -> Row:
+def failed_row(run: Run, reason: str, seconds: float) -> Row:
+    """The row of a run that has none of its own."""
     return Row(run=run, status="failed", reason=reason, seconds=seconds, provenance=provenance())
 
 
-def _describe(error: Exception) -> str:
+def describe_error(error: Exception) -> str:
+    """An exception as rows name it."""
     return f"{type(error).__name__}: {error}"
 
 

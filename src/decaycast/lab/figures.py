@@ -26,7 +26,7 @@ import decaycast.methods
 from decaycast.core.experiment import Figure, Row, Run, Size
 from decaycast.core.names import choose
 from decaycast.lab import data
-from decaycast.lab.execute import OnRow, in_process, processes
+from decaycast.lab.execute import Execute, OnRow, in_process, processes
 from decaycast.lab.provenance import provenance
 from decaycast.lab.store import Store
 from decaycast.lab.sweep import sweep
@@ -93,6 +93,7 @@ def run_figures(
     store: Store,
     *,
     workers: int = 1,
+    execute: Execute | None = None,
     data_dir: str | None = None,
     retry_failed: bool = False,
     on_row: OnRow | None = None,
@@ -106,6 +107,7 @@ def run_figures(
         size: "smoke", "small" or "paper".
         store: where rows are looked for and kept.
         workers: processes to train in; 1 trains in this one.
+        execute: where to train instead, one of `decaycast.lab.where`.
         data_dir: folder of the data files; None for the environment variable ``DECAYCAST_DATA``.
         retry_failed: train runs again whose only rows are failed ones.
         on_row: called with each new row once it is stored.
@@ -119,7 +121,8 @@ def run_figures(
         StoreError: a row cannot be stored.
     """
     train = partial(train_planned, own=_own_training(chosen, size), data_dir=data_dir)
-    execute = in_process if workers == 1 else processes(workers)
+    if execute is None:
+        execute = in_process if workers == 1 else processes(workers)
     runs = runs_of(chosen, size)
     for settings in {_data_settings(run) for run in store.missing(runs, retry_failed=retry_failed)}:
         _load(settings, data_dir)  # data that are not there end it here, before they fail one run after the other

@@ -3,12 +3,11 @@
 The path of a row: `Store.missing` names the runs without one, an executor trains them, `Store.append` writes each as it
 arrives in a transaction of its own, and `Store.read` hands back one decisive row per run. When `append` has returned,
 the row survives a kill, a full disk and a power cut. When two processes write to one file, each waits for the other.
+`Store.extend` adds many rows in one transaction, all or none: the disk is waited for once. `Store.table` reads settings and
+last numbers only, from what `decaycast.lab.table` packs beside each row: a million rows in a second or two.
 
 Decisive means: the first finished row of a run, else its newest failed row. The file itself enforces this (a unique
 index over finished rows; triggers that refuse to change or delete), so no caller can break it.
-
-Numbers: a missing value (NaN) is stored as null and an infinite one as the text "inf" or "-inf", because plain JSON has
-neither; all come back as the floats they were, only the sign of a negative zero is lost. Integers come back as floats.
 
 Why a rollback journal and not a write-ahead log: one row per training is rare, and a store stays a single file that
 can be copied while nobody writes. Nothing read from a store or an export can execute code: it is JSON throughout.
@@ -18,19 +17,19 @@ from __future__ import annotations
 
 import gzip
 import json
-import math
 import os
 import sqlite3
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from itertools import chain
 from pathlib import Path
-from typing import Any, cast
 
 from decaycast.core.experiment import Row, Run, Scalar
+from decaycast.lab.codec import COLUMNS, from_columns, from_line, to_columns, to_line
+from decaycast.lab.table import Table, numbered, pack, unpack
 
 SCHEMA_VERSION = 1
-EXPORT_DIGITS = 6
 _APPLICATION_ID = 0x44434153  # "DCAS": tells our file from any other SQLite database
 _SCHEMA = (
     """CREATE TABLE rows (
@@ -46,10 +45,17 @@ _SCHEMA = (
     f"PRAGMA application_id = {_APPLICATION_ID}",
     f"PRAGMA user_version = {SCHEMA_VERSION}",
 )
-_COLUMNS = ("key", "status", "seed", "config", "reason", "seconds", "final", "provenance", "curve")
-_SELECT = f"SELECT {', '.join(_COLUMNS)} FROM decisive"
+# Beside the rows, so that a decaycast without it reads and writes the same file; rows that such a one has added are packed
+# when the table is read.
+_PACKED_SCHEMA = (
+    "CREATE TABLE IF NOT EXISTS shapes (id INTEGER PRIMARY KEY, text TEXT NOT NULL UNIQUE)",
+    "CREATE TABLE IF NOT EXISTS packed (id INTEGER PRIMARY KEY, shape INTEGER NOT NULL, numbers BLOB NOT NULL)",
+    "CREATE INDEX IF NOT EXISTS failed_rows ON rows (key) WHERE status = 'failed'",
+)
+_FEW = 1000  # runs that are looked up one by one, rather than by reading all keys
+_SELECT = f"SELECT {', '.join(COLUMNS)} FROM decisive"
 _INSERT = (
-    f"INSERT INTO rows ({', '.join(_COLUMNS)}) VALUES ({', '.join('?' * len(_COLUMNS))}) "
+    f"INSERT INTO rows ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))}) "
     "ON CONFLICT (key) WHERE status = 'done' DO NOTHING"
 )
 
@@ -103,36 +109,63 @@ class Store:
             StoreError: the disk is full, the file is locked or read-only; rows stored before stay as they are.
             ValueError: the columns of the curve differ in length.
         """
-        values = _to_columns(row)
-        with self._errors():
-            return self._db.execute(_INSERT, values).rowcount == 1
+        return self.extend([row]) == 1
 
-    def read(self, where: Mapping[str, Scalar] | None = None) -> list[Row]:
+    def extend(self, rows: Iterable[Row]) -> int:
+        """Write `rows` in one transaction, all of them or none, and return how many were new; errors as `append`."""
+        values = [(to_columns(row), *pack(row)) for row in rows]
+        with self._errors(), self._transaction():
+            if not self._has_packed():
+                self._create(_PACKED_SCHEMA)
+            shapes: dict[str, int] = {}
+            return sum(self._insert(*value, shapes) for value in values)
+
+    def read(self, where: Mapping[str, Scalar] | None = None, *, newest: int | None = None) -> list[Row]:
         """Decisive rows in the order they were stored; only those whose config has every entry of `where`.
 
-        An entry None in `where` also matches a config without that entry.
+        An entry None in `where` also matches a config without that entry. With `newest`, only that many rows at the end
+        of the store are looked at.
         """
         wanted = dict(where or {})
         rows = []
+        select = f"{_SELECT} ORDER BY id"
+        if newest is not None:
+            select = (
+                f"SELECT * FROM (SELECT id, {', '.join(COLUMNS)} FROM decisive ORDER BY id DESC LIMIT ?) ORDER BY id"
+            )
         with self._errors():
-            for columns in self._db.execute(f"{_SELECT} ORDER BY id"):
-                config = json.loads(columns[_COLUMNS.index("config")])
+            for columns in self._db.execute(select, () if newest is None else (newest,)):
+                columns = columns if newest is None else columns[1:]
+                config = json.loads(columns[COLUMNS.index("config")])
                 if all(config.get(name) == value for name, value in wanted.items()):
-                    rows.append(_from_columns(columns))
+                    rows.append(from_columns(columns))
         return rows
 
     def rows_of(self, runs: Iterable[Run]) -> list[Row]:
         """Decisive rows of `runs` in their order, one for each; runs without a row are left out."""
         with self._errors():
             found = [self._db.execute(f"{_SELECT} WHERE key = ?", (run.key,)).fetchone() for run in runs]
-        return [_from_columns(columns) for columns in found if columns is not None]
+        return [from_columns(columns) for columns in found if columns is not None]
+
+    def table(self) -> Table:
+        """Settings and last numbers of the decisive rows, in the order they were stored; without curves, so it is fast."""
+        with self._errors(), self._transaction("BEGIN"):
+            return unpack(self._packed(), *self._failures())
 
     def missing(self, runs: Iterable[Run], *, retry_failed: bool = False) -> list[Run]:
         """The runs that still have to be trained, in order and each once; failed ones too with `retry_failed`."""
+        asked = {run.key: run for run in runs}
         with self._errors():
-            have = dict(self._db.execute("SELECT key, max(status = 'done') FROM rows GROUP BY key"))
-        present = {key for key, done in have.items() if done or not retry_failed}
-        return list({run.key: run for run in runs if run.key not in present}.values())
+            if len(asked) <= _FEW:
+                found = [
+                    row
+                    for key in asked
+                    for row in self._db.execute("SELECT key, status FROM rows WHERE key = ?", (key,))
+                ]
+            else:
+                found = self._db.execute("SELECT key, status FROM rows").fetchall()
+        present = {key for key, status in found if status == "done" or not retry_failed}
+        return [run for key, run in asked.items() if key not in present]
 
     def export(self, path: str | os.PathLike[str]) -> int:
         """Write the decisive rows as gzipped JSON lines and return their number; equal rows give equal bytes.
@@ -140,7 +173,7 @@ class Store:
         Rows are sorted by key, fractions in curves are rounded to 6 significant digits. The file appears whole or not.
         """
         with self._errors():
-            lines = [_to_line(_from_columns(columns)) for columns in self._db.execute(f"{_SELECT} ORDER BY key")]
+            lines = [to_line(from_columns(columns)) for columns in self._db.execute(f"{_SELECT} ORDER BY key")]
         header = json.dumps({"decaycast": "rows", "version": SCHEMA_VERSION})
         target = Path(path)
         part = target.with_name(f".{target.name}.{os.getpid()}.part")
@@ -164,16 +197,68 @@ class Store:
         rows = load_export(path)
         absent = {run.key for run in self.missing(row.run for row in rows)}
         new = [row for row in rows if row.status == "done" or row.run.key in absent]
-        with self._errors(), self._transaction():
-            return sum(self._db.execute(_INSERT, _to_columns(row)).rowcount for row in new)
+        return self.extend(new)
+
+    def _insert(self, columns: tuple[str, ...], shape: str, numbers: bytes, known: dict[str, int]) -> bool:
+        cursor = self._db.execute(_INSERT, columns)
+        if cursor.rowcount != 1:
+            return False
+        row = cursor.lastrowid
+        if shape not in known:
+            self._db.execute("INSERT OR IGNORE INTO shapes (text) VALUES (?)", (shape,))
+            (known[shape],) = self._db.execute("SELECT id FROM shapes WHERE text = ?", (shape,)).fetchone()
+        self._db.execute("INSERT INTO packed VALUES (?, ?, ?)", (row, known[shape], numbered(row or 0, numbers)))
+        return True
+
+    def _has_packed(self) -> bool:
+        return self._db.execute("SELECT 1 FROM sqlite_master WHERE name = 'packed'").fetchone() is not None
+
+    def _packed(self) -> dict[str, bytes]:
+        """By shape, all rows packed; what another version of decaycast has stored is packed here."""
+        parts: dict[str, list[bytes]] = {}
+        others = f"SELECT id, {', '.join(COLUMNS)} FROM rows"
+        if self._has_packed():
+            texts = dict(self._db.execute("SELECT id, text FROM shapes"))
+            if len(texts) == 1:  # a sweep: its rows need no sorting one by one
+                parts = {
+                    text: list(chain.from_iterable(self._db.execute("SELECT numbers FROM packed")))
+                    for text in texts.values()
+                }
+            else:
+                by_shape: dict[int, list[bytes]] = {number: [] for number in texts}
+                for shape, numbers in self._db.execute("SELECT shape, numbers FROM packed"):
+                    by_shape[shape].append(numbers)
+                parts = {texts[number]: part for number, part in by_shape.items() if part}
+            others += " WHERE id NOT IN (SELECT id FROM packed)"
+        if sum(map(len, parts.values())) < self._db.execute("SELECT count(*) FROM rows").fetchone()[0]:
+            for row, *columns in self._db.execute(others):
+                shape, numbers = pack(from_columns(columns))
+                parts.setdefault(shape, []).append(numbered(row, numbers))
+        return {shape: b"".join(part) for shape, part in parts.items()}
+
+    def _failures(self) -> tuple[dict[int, str], list[int]]:
+        """By id, the reasons of failed rows that decide; and the ids of those that do not."""
+        reasons, superseded = {}, []
+        for row, reason, decides in self._db.execute(
+            "SELECT id, reason, NOT EXISTS (SELECT 1 FROM rows AS o WHERE o.key = r.key AND (o.status = 'done' OR "
+            "o.id > r.id)) FROM rows AS r WHERE status = 'failed'"
+        ):
+            if decides:
+                reasons[row] = json.loads(reason)
+            else:
+                superseded.append(row)
+        return reasons, superseded
 
     def _open(self) -> None:
         self._db.execute("PRAGMA synchronous = FULL")
         if self._version() == 0:
             with self._transaction():
                 if self._version() == 0:  # another process may have created the store in between
-                    for statement in _SCHEMA:
-                        self._db.execute(statement)
+                    self._create((*_SCHEMA, *_PACKED_SCHEMA))
+
+    def _create(self, schema: Iterable[str]) -> None:
+        for statement in schema:
+            self._db.execute(statement)
 
     def _version(self) -> int:
         # One statement sees one state of the file, also while another process creates the store.
@@ -187,8 +272,8 @@ class Store:
         return version
 
     @contextmanager
-    def _transaction(self) -> Iterator[None]:
-        self._db.execute("BEGIN IMMEDIATE")
+    def _transaction(self, begin: str = "BEGIN IMMEDIATE") -> Iterator[None]:
+        self._db.execute(begin)
         try:
             yield
             self._db.execute("COMMIT")
@@ -215,6 +300,11 @@ class Store:
                 return f"store {self.path} was locked by another process for {self.wait_seconds:g} s; try again later"
             case sqlite3.SQLITE_READONLY:
                 return f"store {self.path} is read-only; make it and its folder writable or copy it elsewhere"
+            case sqlite3.SQLITE_IOERR:
+                return (
+                    f"store {self.path} cannot be written or read ({error}): the disk fails, is gone, or a quota or size limit "
+                    "is reached; finished rows are safe, remedy it and run again"
+                )
             case sqlite3.SQLITE_CANTOPEN:
                 return f"cannot open store {self.path}; choose a file in a folder you can write to"
             case sqlite3.SQLITE_CORRUPT:
@@ -240,7 +330,15 @@ def load_export(path: str | os.PathLike[str]) -> list[Row]:
     if not isinstance(version, int):
         raise StoreError(f"{path} is not an export of decaycast rows; write one with Store.export")
     _refuse_newer(path, version)
-    return [_from_line(line, f"{path}, line {number}") for number, line in enumerate(lines[1:], start=2)]
+    rows = []
+    for number, line in enumerate(lines[1:], start=2):
+        try:
+            rows.append(from_line(line))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise StoreError(
+                f"damaged row in {path}, line {number}: {error}; fetch or export the file again"
+            ) from error
+    return rows
 
 
 def _refuse_newer(path: str | os.PathLike[str], version: int) -> None:
@@ -248,85 +346,3 @@ def _refuse_newer(path: str | os.PathLike[str], version: int) -> None:
         raise StoreError(
             f"{path} has schema {version} and this decaycast reads up to {SCHEMA_VERSION}; update decaycast"
         )
-
-
-def _encode(value: float) -> float | str | None:
-    value = float(value)
-    if math.isnan(value):
-        return None
-    if math.isinf(value):
-        return str(value)
-    return int(value) if value.is_integer() and abs(value) < 2**53 else value
-
-
-def _decode(value: float | str | None) -> float:
-    return math.nan if value is None else float(value)
-
-
-def _round(value: float | str | None) -> float | str | None:
-    # Step numbers are whole and may have more digits than we keep of a loss.
-    return float(f"{value:.{EXPORT_DIGITS}g}") if isinstance(value, float) else value
-
-
-def _to_record(row: Row) -> dict[str, Any]:
-    lengths = {name: len(column) for name, column in row.curve.items()}
-    if len(set(lengths.values())) > 1:
-        raise ValueError(f"columns of a curve must have one length, got {lengths}; pad missing values with NaN")
-    return {
-        "key": row.run.key,
-        "status": row.status,
-        "seed": row.run.seed,
-        "config": dict(row.run.config),
-        "reason": row.reason,
-        "seconds": _encode(row.seconds),
-        "final": {name: _encode(value) for name, value in row.final.items()},
-        "provenance": dict(row.provenance),
-        "curve": {name: [_encode(value) for value in column] for name, column in row.curve.items()},
-    }
-
-
-def _from_record(record: Mapping[str, Any]) -> Row:
-    return Row(
-        run=Run(config=record["config"], seed=record["seed"]),
-        status=record["status"],
-        reason=record["reason"],
-        curve={name: tuple(map(_decode, column)) for name, column in record["curve"].items()},
-        final={name: _decode(value) for name, value in record["final"].items()},
-        seconds=_decode(record["seconds"]),
-        provenance=record["provenance"],
-    )
-
-
-# Columns stored as they are. All others are JSON text, which also holds what SQLite cannot: seeds of more than 64 bits,
-# and reasons with undecodable file names in them.
-_PLAIN = ("key", "status")
-
-
-def _dumps(value: object) -> str:
-    return json.dumps(value, separators=(",", ":"), allow_nan=False)
-
-
-def _to_columns(row: Row) -> tuple[str, ...]:
-    return tuple(value if name in _PLAIN else _dumps(value) for name, value in _to_record(row).items())
-
-
-def _from_columns(columns: Sequence[Any]) -> Row:
-    pairs = zip(_COLUMNS, columns, strict=True)
-    return _from_record({name: value if name in _PLAIN else json.loads(value) for name, value in pairs})
-
-
-def _to_line(row: Row) -> str:
-    record = _to_record(row)
-    record["curve"] = {name: [_round(value) for value in column] for name, column in record["curve"].items()}
-    return json.dumps(record, separators=(",", ":"), allow_nan=False, sort_keys=True)
-
-
-def _from_line(line: str, place: str) -> Row:
-    try:
-        record = cast(dict[str, Any], json.loads(line))
-        row = _from_record(record)
-        if row.status not in ("done", "failed") or row.run.key != record["key"]:
-            raise ValueError("its key or status does not fit its contents")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise StoreError(f"damaged row in {place}: {error}; fetch or export the file again") from error
-    return row
