@@ -23,6 +23,9 @@ OF_ONE_FILE = {
     "adapters.accelerate": {"accelerate"},
     "adapters.huggingface_base": {"accelerate", "transformers"},
     "adapters.lightning_base": {"lightning", "pytorch_lightning"},
+    "adapters.optuna": {"optuna"},
+    "adapters.timm_finder": {"timm"},
+    "adapters.timm_script": {"timm"},
     "adapters.torchmetrics": {"torchmetrics"},
 }
 
