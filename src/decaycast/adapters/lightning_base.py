@@ -19,7 +19,7 @@ else:
     from pytorch_lightning import Callback  # pyright: ignore[reportMissingImports]
 
 
-class Stateful(Callback):
+class Stateful(Callback):  # pyright: ignore[reportGeneralTypeIssues]  # one of two classes, by what is installed
     """A callback around something with ``state_dict`` that is built when training starts; a restored state waits until then."""
 
     def __init__(self) -> None:
