@@ -58,7 +58,7 @@ clean:
 	touch $@
 
 .venv-test/extras: .venv-test/installed
-	.venv-test/bin/python $(PIP_INSTALL) --editable '.[test,ray,parquet,lightning,hf,optuna,torchmetrics,loggers]'
+	.venv-test/bin/python $(PIP_INSTALL) --editable '.[test,parquet,lightning,hf,optuna,torchmetrics,loggers]'
 	touch $@
 
 .venv-test/linters: .venv-test/installed

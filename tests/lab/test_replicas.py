@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,8 @@ def test_rows_are_those_of_separate_runs(optimizer: str):
 def test_rows_of_other_networks(changes: dict[str, Any]):
     from decaycast.lab.data import DataError, load
 
+    if "data" in changes and not os.environ.get("DECAYCAST_DATA"):
+        pytest.skip("no data folder: set DECAYCAST_DATA")
     try:
         load(
             changes.get("data", "digits"), train_size=200, validation_size=60, test_size=60, pool=changes.get("pool", 1)
