@@ -18,7 +18,7 @@ try:
 except ImportError as _error:
     raise SystemExit(f"the command line needs typer and rich ({_error}): pip install 'decaycast[lab]'") from _error
 
-from decaycast import cli_lab, cli_probe, cli_sweep
+from decaycast import cli_compare, cli_lab, cli_probe, cli_sweep
 from decaycast.core import ranks
 from decaycast.core.experiment import Row, Run, jsonable
 from decaycast.core.names import choose
@@ -39,6 +39,7 @@ notes = Console(stderr=True)
 app.add_typer(cli_lab.app, name="lab")
 app.command("probe-lr")(cli_probe.probe_lr)
 app.command("sweep")(cli_sweep.sweep_command)
+app.command("compare")(cli_compare.compare_command)
 
 
 class Metric(enum.StrEnum):

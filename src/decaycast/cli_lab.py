@@ -21,6 +21,7 @@ from decaycast.lab.figures import export_rows, figures, price, run_figures, runs
 from decaycast.lab.findings import Finding, verdict_table
 from decaycast.lab.report import INDEX, write_report
 from decaycast.lab.store import Store, StoreError, load_export
+from decaycast.lab.table import Table as StoreTable
 from decaycast.lab.where import PLACES, cores, executor
 
 app = typer.Typer(
@@ -131,7 +132,7 @@ def report(
         raise ValueError("--markdown and --json both say what to print; give one of them")
     chosen, name = select(pattern), _size(size)
     found = _rows(runs_of(chosen, name), store, rows)
-    findings = write_report(out_dir, chosen, found, name)
+    findings = write_report(out_dir, chosen, found, name, table=None if rows is not None else _table(store))
     if export is not None:
         export_rows((row for finding in findings for row in finding.rows), export)
     if as_json:
@@ -196,6 +197,11 @@ def _rows(runs: Sequence[Run], path: Path, exported: Path | None) -> list[Row]:
         raise StoreError(f"there is no store {path}; train with `decaycast lab run`, or name a store or --rows")
     with Store(path) as store:
         return store.rows_of(runs)
+
+
+def _table(path: Path) -> StoreTable:
+    with Store(path) as store:
+        return store.table()
 
 
 def _plan(runs: int, seconds: Sequence[float], workers: int) -> str:

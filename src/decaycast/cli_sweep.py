@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
+import sys
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -22,10 +24,12 @@ from decaycast.core.names import choose
 from decaycast.lab.execute import Execute
 from decaycast.lab.figures import export_rows
 from decaycast.lab.promising import Choice, choose_runs, forecasts_for, train_forecast
+from decaycast.lab.provenance import provenance
 from decaycast.lab.store import Store
 from decaycast.lab.sweep import sweep, train_missing
+from decaycast.lab.sweep_page import write_sweep_page
 from decaycast.lab.sweeps import Cell, Plan, Price, axis, full_runs, keep_rows, price_runs, seeds, summarise
-from decaycast.lab.table import FORMATS
+from decaycast.lab.table import FORMATS, Table
 from decaycast.lab.trial import DEFAULTS, train_run
 from decaycast.lab.where import PLACES, cores, executor
 
@@ -88,11 +92,17 @@ def sweep_command(
         answer = job.run(opened)
         table = keep_rows(opened.table(), answer["runs"])
         cells = summarise(plan, answer["runs"], table, job.metric)
+        page = _write_page(store.with_suffix(".html"), table, plan, job)
         if export is not None and export.name.endswith(".jsonl.gz"):
             export_rows(opened.rows_of(answer["runs"]), export)
         elif export is not None:
             table.write(export)
-    answer = {**answer, "cells": cells, "failed": int((table["status"] == "failed").sum()) if len(table) else 0}
+    answer = {
+        **answer,
+        "cells": cells,
+        "page": page,
+        "failed": int((table["status"] == "failed").sum()) if len(table) else 0,
+    }
     _print_json(answer, plan, job, store) if as_json else _print_answer(answer, plan, job, store)
     if not any(cell.done for cell in cells):
         raise typer.Exit(1)
@@ -244,6 +254,13 @@ def _print_plan(missing: Sequence[Run], price: Price, plan: Plan, job: _Job, as_
         )
 
 
+def _write_page(path: Path, table: Table, plan: Plan, job: _Job) -> Path:
+    shared = {name: values[0] for name, values in plan.axes.items() if len(values) == 1}
+    command = shlex.join(["decaycast", *sys.argv[1:]])
+    options: dict[str, Any] = {"settings": shared, "command": command, "provenance": provenance()}
+    return write_sweep_page(path, table, axes=plan.varied, metric=job.metric, **options)
+
+
 def _print_json(answer: dict[str, Any], plan: Plan, job: _Job, store: Path) -> None:
     choice: Choice | None = answer["choice"]
     cells = [
@@ -265,6 +282,7 @@ def _print_json(answer: dict[str, Any], plan: Plan, job: _Job, store: Path) -> N
         "fre": answer["price"].fre,
         "metric": job.metric,
         "store": str(store),
+        "page": str(answer["page"]),
     }
     expected = answer["price"].wall_seconds(job.workers)
     out.print_json(json.dumps(jsonable({**told, "expected_seconds": expected, "cells": cells})))
@@ -291,6 +309,7 @@ def _print_answer(answer: dict[str, Any], plan: Plan, job: _Job, store: Path) ->
     if answer["failed"]:
         _say("failed", f"{answer['failed']} runs; their reasons are in the store, --retry-failed trains them again")
     _say("trained", f"{answer['trained']} runs in {_duration(answer['seconds'])}; the others were there")
+    _say("page", str(answer["page"]))
     _say("store", f"{store}; the same command with --export sweep.csv writes its rows as a table")
 
 

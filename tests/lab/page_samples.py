@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from pathlib import Path
 
-from decaycast.core.experiment import Panel, Row, Run, Trace, Verdict
+from decaycast.core.experiment import Panel, Row, Run, Scalar, Trace, Verdict
+from decaycast.lab.report import write_figure_page, write_forecast_page, write_probe_page, write_report
+from decaycast.lab.shortcuts import probe_panels
+from decaycast.lab.sweep_page import write_sweep_page
 from decaycast.methods.l2.forecast import Arm, Forecast
+from decaycast.methods.large_lr.probe_report import Arm as ProbeArm
+from decaycast.methods.large_lr.probe_report import ProbeReport
 
 DECAYS = (1e-4, 4e-4, 1.6e-3, 6.4e-3, 2.56e-2)
 RATE = 0.05 * 20_000  # summed learning rate: e-folds = RATE * weight_decay
@@ -158,3 +164,108 @@ class SampleFigure:
     def judge(self, rows: list[Row]) -> Verdict:
         """The outcome it was made with."""
         return Verdict(outcome=self.outcome, reason="slope -0.97 ± 0.04", numbers={"slope": -0.97, "r2": math.nan})  # pyright: ignore[reportArgumentType]
+
+
+def other_figure(name: str = "l2/other", claim: str = EVIL) -> SampleFigure:
+    """A figure whose claim does not hold and is hostile, and whose one run is missing."""
+    figure = SampleFigure("not held")
+    figure.name, figure.claim = name, claim
+    figure.runs = lambda size: [Run(config={"size": size}, seed=9)]
+    return figure
+
+
+def probe_report() -> ProbeReport:
+    """Two rates, two seeds: the small one memorises the shortcut before it learns the rest."""
+    curves = {
+        "step": (1.0, 500.0, 1000.0),
+        "alone": (0.1, 0.5, 0.9),
+        "clean": (0.1, 0.3, 0.4),
+        "control": (0.1, 0.3, 0.5),
+    }
+    arms = [
+        ProbeArm(
+            lr=lr,
+            alone_before=alone,
+            alone_after=(0.9, 0.88),
+            clean_before=(0.4, 0.5),
+            clean_after=(0.5, 0.6),
+            control_alone=(0.1, 0.11),
+            control_clean=(0.55, 0.66),
+            curves=curves,
+        )
+        for lr, alone in ((0.3, (0.12, 0.1)), (0.01, (0.9, 0.91)))
+    ]
+    words = {"what": f"patch {EVIL}", "difficulty": "separation 1, tuned"}
+    numbers = {
+        "small": 0.01,
+        "steps": 1000,
+        "anneal_at": 500,
+        "chance": 0.1,
+        "seeds": 2,
+        "trainings": 8,
+        "seconds": 1.0,
+    }
+    return ProbeReport(**words, **numbers, learnable=True, arms=arms)  # pyright: ignore[reportArgumentType]
+
+
+def sweep_rows(
+    rates: int = 5,
+    decays: int = 4,
+    seeds: int = 2,
+    *,
+    model: str = "mlp",
+    optimizers: tuple[str, ...] = ("sgd", "adamw"),
+) -> list[Row]:
+    """A grid of trainings whose best setting is the middle rate with the last decay but one, under the first optimiser.
+
+    The largest rate with the largest decay fails. Weight decay starts at 0.
+    """
+    rows = []
+    for seed in range(seeds):
+        for optimizer in optimizers:
+            for i in range(rates):
+                for j in range(decays):
+                    config: dict[str, Scalar] = {"model": model, "lr": round(0.01 * 2**i, 6), "optimizer": optimizer}
+                    config["weight_decay"] = round(1e-5 * 10**j, 9) if j else 0.0
+                    rows.append(_sweep_row(Run(config=config, seed=seed), (i, j), (rates, decays), optimizers))
+    return rows
+
+
+def _sweep_row(run: Run, at: tuple[int, int], ends: tuple[int, int], optimizers: tuple[str, ...]) -> Row:
+    (i, j), (rates, decays) = at, ends
+    if (i, j) == (rates - 1, decays - 1):
+        return Row(run=run, status="failed", reason=f"loss became infinite {EVIL}", provenance=PROVENANCE)
+    loss = 0.3 + 0.05 * abs(i - rates // 2) + 0.07 * abs(j - (decays - 2)) + 0.001 * run.seed
+    loss += 0.02 * optimizers.index(str(run.config["optimizer"]))
+    curve = {"step": (0.0, 100.0), "validation_loss": (2.3, loss), "validation_accuracy": (0.1, 1 - loss)}
+    return Row(run=run, curve=curve, final={"test_loss": loss + 0.1}, seconds=2.0, provenance=PROVENANCE)
+
+
+def every_page(folder: Path, rows: list[Row] | None = None) -> dict[str, Path]:
+    """One page of each kind below `folder`, by kind; a good part of their texts is hostile."""
+    forecast_page = write_forecast_page(
+        folder / "forecast.html", forecast(), curves=curves(), verification=Grid(), recipe=RECIPE, settings=SETTINGS,
+        command=COMMAND, provenance=PROVENANCE,
+    )  # fmt: skip
+    figure = SampleFigure()
+    report = probe_report()
+    probe_page = write_probe_page(
+        folder / "probe.html",
+        report,
+        panels=probe_panels(report),
+        settings=SETTINGS,
+        command=COMMAND,
+        provenance=PROVENANCE,
+    )
+    write_report(folder / "report", [figure, other_figure()], figure.rows(EVIL), "small")
+    sweep_page = write_sweep_page(
+        folder / "sweep.html", sweep_rows(model=EVIL, optimizers=("sgd", EVIL)) if rows is None else rows,
+        settings={"model": EVIL, "data": "digits"}, command=COMMAND,
+    )  # fmt: skip
+    return {
+        "forecast": forecast_page,
+        "figure": write_figure_page(folder / "figure.html", figure, figure.rows(EVIL), "small"),
+        "probe": probe_page,
+        "index": folder / "report" / "index.html",
+        "sweep": sweep_page,
+    }

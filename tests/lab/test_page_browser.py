@@ -1,45 +1,21 @@
-"""The page in a real browser: plots are drawn, nothing is wider than a phone, nothing is requested.
-
-Chromium is driven by its command line. Its window cannot be narrower than 500 px, so pages are looked at through frames of
-the width of a phone; copies of the pages carry a script that measures and tells the outer document, whose DOM is dumped.
-"""
+"""The pages in a real browser: plots are drawn, tables are searched, nothing is wider than a phone, nothing is requested."""
 
 from __future__ import annotations
 
-import html
 import json
-import os
 import re
-import shutil
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from tests.lab import page_samples as samples
+from tests.lab.page_browser import MARKS, chromium, look
 
 from decaycast.lab.report import write_figure_page, write_forecast_page
 
-CHROMIUM = os.environ.get("DECAYCAST_CHROMIUM") or next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: install one or set DECAYCAST_CHROMIUM"),
-]
-FLAGS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-    "--disable-background-networking", "--disable-component-update", "--hide-scrollbars",
-    "--host-resolver-rules=MAP * ~NOTFOUND",
-    "--virtual-time-budget=5000",
-)  # fmt: skip
+pytestmark = MARKS
 POLICY = re.compile(r'<meta http-equiv="Content-Security-Policy"[^>]*>')
-LISTEN = """<script>
-const faults = [];
-addEventListener("error", event => faults.push(String(event.message)));
-addEventListener("securitypolicyviolation", event => faults.push(event.violatedDirective + " " + event.blockedURI));
-</script>"""
-MEASURE = """<script>
+MEASURE = """
 const wide = () => [...document.querySelectorAll("main *")]
   .filter(item => !item.closest(".scroll, pre, svg") && item.getBoundingClientRect().right > innerWidth + 1)
   .map(item => item.tagName + "." + item.className);
@@ -54,32 +30,15 @@ document.querySelector("[data-view='1']")?.click();
 const after = axis();
 document.querySelector(".chip")?.click();
 const said = {
-  page: new URLSearchParams(location.search).get("page"), title: document.title, plots, drawn, first, before, after,
-  hidden: lines(), wide: wide(), inner: innerWidth, scroll: document.documentElement.scrollWidth, faults,
+  title: document.title, plots, drawn, first, before, after,
+  hidden: lines(), wide: wide(), inner: innerWidth, scroll: document.documentElement.scrollWidth,
   rows: document.querySelectorAll("details tbody tr").length, cloud: document.querySelectorAll("a[href^=http]").length,
 };
 setTimeout(() => {
   said.resources = performance.getEntriesByType("resource").map(item => item.name).filter(name => !name.startsWith("data:"));
-  parent.postMessage(JSON.stringify(said), "*");
+  tell(said);
 }, 300);
-</script></body>"""
-OUTER = """<!doctype html><meta charset="utf-8"><body><script>
-addEventListener("message", event => {
-  const note = document.createElement("pre");
-  note.textContent = event.data;
-  document.body.append(note);
-});
-</script>"""
-
-
-def chromium(folder: Path, page: Path, *flags: str) -> str:
-    """The DOM of `page` after its scripts have run."""
-    assert CHROMIUM is not None
-    profile = f"--user-data-dir={folder / 'profile'}"
-    command = [CHROMIUM, *FLAGS, profile, *flags, "--dump-dom", page.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
+"""
 
 
 def pages(folder: Path) -> dict[str, Path]:
@@ -106,17 +65,7 @@ def pages(folder: Path) -> dict[str, Path]:
 def seen(tmp_path_factory) -> dict[str, dict]:
     """What the measuring script says of each page, by page name and width."""
     folder = tmp_path_factory.mktemp("pages")
-    outer = OUTER
-    for name, path in pages(folder).items():
-        text = path.read_text(encoding="utf-8").replace("<head>", "<head>" + LISTEN, 1)
-        start, _, end = text.rpartition("</body>")
-        path.write_text(start + MEASURE + end, encoding="utf-8")
-        for width in (390, 1280):
-            outer += f'<iframe src="{path.name}?page={name}-{width}" width="{width}" height="900"></iframe>'
-    (folder / "outer.html").write_text(outer, encoding="utf-8")
-    dom = chromium(folder, folder / "outer.html")
-    notes = (json.loads(html.unescape(note)) for note in re.findall(r"<pre>(.*?)</pre>", dom, re.DOTALL))
-    return {note["page"]: note for note in notes}
+    return look(folder, pages(folder), MEASURE, (390, 1280))
 
 
 PAGES = [f"{name}-{width}" for name in ("usual", "hostile", "figure") for width in (390, 1280)]
@@ -163,11 +112,15 @@ def requests(folder: Path, page: Path) -> list[str]:
     return [address for address in addresses if not address.startswith(("file:", "data:", "blob:"))]
 
 
-def test_the_page_asks_for_nothing_even_without_its_policy(tmp_path):
-    page = pages(tmp_path)["usual"]
-    text, removed = POLICY.subn("", page.read_text(encoding="utf-8"))
-    assert removed == 1
-    page.write_text(text, encoding="utf-8")
-    assert requests(tmp_path, page) == []
+def test_pages_ask_for_nothing_even_without_their_policy(tmp_path):
+    frames = ""
+    for page in samples.every_page(tmp_path).values():
+        text, removed = POLICY.subn("", page.read_text(encoding="utf-8"))
+        assert removed == 1
+        page.write_text(text, encoding="utf-8")
+        frames += f'<iframe src="{page.relative_to(tmp_path).as_posix()}"></iframe>'
+    outer = tmp_path / "outer.html"
+    outer.write_text(f"<!doctype html>{frames}", encoding="utf-8")
+    assert requests(tmp_path, outer) == []
     page.write_text(text.replace("</main>", '<img src="http://page.invalid/x.png"></main>'), encoding="utf-8")
-    assert requests(tmp_path, page) == ["http://page.invalid/x.png"]  # the log does see what a page asks for
+    assert requests(tmp_path, outer) == ["http://page.invalid/x.png"]  # the log does see what a page asks for

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import csv
+import gzip
 import importlib
 import io
 import json
@@ -10,6 +12,7 @@ import math
 import os
 import re
 import sys
+from collections import Counter
 from dataclasses import replace
 from html.parser import HTMLParser
 from urllib.parse import unquote
@@ -17,9 +20,14 @@ from urllib.parse import unquote
 import pytest
 from tests.lab import page_samples as samples
 
-from decaycast.core.experiment import Panel, Row, Run, Trace
-from decaycast.lab import plots
-from decaycast.lab.report import ReportError, write_figure_page, write_forecast_page, write_report
+from decaycast.core.experiment import Panel, Row, Trace
+from decaycast.lab import plots, thinning
+from decaycast.lab.figures import figures
+from decaycast.lab.findings import Finding, assess
+from decaycast.lab.index_page import paper_of, papers
+from decaycast.lab.page import ReportError
+from decaycast.lab.report import write_figure_page, write_forecast_page, write_report
+from decaycast.lab.store import Store
 
 LIMIT = 6_000_000
 LOADING = {"src", "srcset", "data", "action", "poster", "background", "formaction"}
@@ -60,7 +68,13 @@ class Page(HTMLParser):
     def payloads(self) -> list[dict]:
         """The embedded plots."""
         found = zip([a for tag, a in self.elements if tag == "script"], self.scripts, strict=True)
-        return [json.loads(text) for attributes, text in found if attributes.get("type") == "application/json"]
+        return [json.loads(text) for attributes, text in found if attributes.get("class") == "drawn"]
+
+    @property
+    def listings(self) -> list[dict]:
+        """The embedded tables of runs."""
+        found = zip([a for tag, a in self.elements if tag == "script"], self.scripts, strict=True)
+        return [json.loads(text) for attributes, text in found if attributes.get("class") == "cells"]
 
     def tables(self) -> list[str]:
         """The CSV texts on offer."""
@@ -208,6 +222,38 @@ def test_figure_page_states_claim_size_and_verdict(tmp_path):
     assert "decaycast lab run l2/time-to-best --size smoke" in empty.text
 
 
+def test_a_figure_page_lists_its_runs_with_the_settings_that_differ(tmp_path):
+    figure = samples.SampleFigure()
+    done, failed = figure.rows()
+    rows = [replace(done, final={"test_accuracy": 0.8125, "gap": math.nan}, seconds=4.0), failed]
+    (listing,) = figure_page(tmp_path, figure, rows).listings
+    assert [column["name"] for column in listing["columns"]] == [
+        "status", "reason", "seed", "weight decay", "test accuracy", "gap", "seconds", "run"]  # fmt: skip
+    assert listing["rows"] == [
+        ["failed", "loss became NaN at step 40", "3", "0.1", "", "", "", failed.run.key],
+        ["done", "", "3", "0.01", "0.8125", "", "4", done.run.key],
+    ]
+
+
+def test_long_traces_are_thinned_and_the_table_has_all():
+    x = list(range(30_000))
+    spiked = [0.0] * 29_999 + [1.0]
+    spiked[12_345] = 9.0
+    line = Trace(name="l", x=x, y=spiked)
+    cloud = Trace(
+        name="c", x=x, y=[(7919 * i) % 10_007 for i in x], low=[0.0] * len(x), high=[1.0] * len(x), mode="markers"
+    )
+    plot = plots.panel_plot(Panel(title="p", x_label="x", y_label="y", traces=[line, cloud], caption="Said."))
+    drawn_line, drawn_cloud = plot.figure.data
+    assert max(drawn_line.y) == 9.0 and drawn_line.x[-1] == 29_999 and len(drawn_line.x) <= thinning.LINE_POINTS
+    assert 500 < len(drawn_cloud.x) <= thinning.MARKED_POINTS and len(drawn_cloud.error_y.array) == len(drawn_cloud.x)
+    assert len(plot.rows) == 60_000 and plot.packed
+    count = len(drawn_line.x) + len(drawn_cloud.x)
+    assert plot.caption == f"Said. Drawn: {count:,} of 60,000 points, extremes among them."
+    packed = base64.b64decode(plot.csv_uri.removeprefix("data:application/gzip;base64,"))
+    assert len(list(csv.reader(io.StringIO(gzip.decompress(packed).decode())))) == 60_001
+
+
 def test_bands_break_at_gaps_and_stay_on_a_log_axis():
     nan = math.nan
     trace = Trace(name="t", x=[1, 2, 3, 4], y=[5, 6, nan, 8], low=[-1, 5, nan, 7], high=[7, 8, nan, 9])
@@ -243,14 +289,6 @@ def test_numbers_for_people(value, text):
     assert plots.pretty(value) == text
 
 
-def test_thinning_keeps_both_ends():
-    assert plots.thin(3, 10) == [0, 1, 2]
-    kept = plots.thin(1000, 7)
-    assert (kept[0], kept[-1], len(kept)) == (0, 999, 7)
-    gaps = [b - a for a, b in zip(kept, kept[1:], strict=False)]
-    assert max(gaps) - min(gaps) <= 1
-
-
 def test_a_zero_weight_decay_is_grey_and_one_colour_is_in_the_middle():
     scale = plots.Scale([0.0, 1e-4, 1e-2])
     assert scale.colours(0.0) == plots.GREY
@@ -265,7 +303,7 @@ def assert_loads_nothing(page: Page) -> None:
         assert tag not in ("iframe", "object", "embed", "base", "img", "video", "audio"), tag
         assert not LOADING & set(attributes), (tag, attributes)
         link = attributes.get("href") or ""
-        assert link == "" or link.startswith("data:"), link
+        assert link == "" or link.startswith(("data:", "#")), link
         assert not [name for name in attributes if name.startswith("on")], (tag, attributes)
     for style in page.styles:
         assert "url(" not in style
@@ -384,7 +422,7 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path, place):
 
 @pytest.mark.parametrize(
     ("missing", "module", "told"),
-    [("plotly.graph_objects", "plots", "drawn with plotly"), ("jinja2", "report", "written with jinja2")],
+    [("plotly.graph_objects", "plots", "drawn with plotly"), ("jinja2", "page", "written with jinja2")],
 )
 def test_a_missing_extra_names_the_pip_command(monkeypatch, missing, module, told):
     monkeypatch.setitem(sys.modules, missing, None)
@@ -411,19 +449,15 @@ def index_page(tmp_path, figures, rows) -> Page:
     return Page((tmp_path / "pages" / "index.html").read_text(encoding="utf-8"))
 
 
-def other_figure(name="l2/other") -> samples.SampleFigure:
-    figure = samples.SampleFigure("not held")
-    figure.name, figure.claim = name, samples.EVIL
-    figure.runs = lambda size: [Run(config={"size": size}, seed=9)]
-    return figure
-
-
 def test_a_report_has_a_page_per_figure_and_an_index_that_links_them(tmp_path):
-    first, second = samples.SampleFigure(), other_figure()
+    first, second = samples.SampleFigure(), samples.other_figure()
     page = index_page(tmp_path, [first, second], first.rows())
-    links = [attributes["href"] for tag, attributes in page.elements if tag == "a"]
-    assert links == ["l2/time-to-best.html", "l2/other.html"]
-    assert all((tmp_path / "pages" / link).is_file() for link in links if link)
+    links = [attributes["href"] or "" for tag, attributes in page.elements if tag == "a"]
+    assert links[:4] == ["#content", "#papers", "#figures", "#runs"]
+    board = ["l2/time-to-best.html", "l2/other.html"]
+    table = ["l2/time-to-best.html", "l2/time-to-best.html#runs", "l2/other.html", "l2/other.html#runs"]
+    assert links[4:] == [*board, *table, *["l2/time-to-best.html#runs"] * 2]
+    assert all((tmp_path / "pages" / link.partition("#")[0]).is_file() for link in links[4:])
     for said in (
         first.title,
         first.claim,
@@ -438,14 +472,69 @@ def test_a_report_has_a_page_per_figure_and_an_index_that_links_them(tmp_path):
     assert "held 1 not held 1 not enough data 0" in page.text
 
 
+def test_the_scoreboard_counts_claims_by_paper():
+    def finding(source: str, outcome: str) -> Finding:
+        figure = samples.SampleFigure(outcome)
+        figure.source = source
+        return assess(figure, [], "small")
+
+    sources = [
+        "A & B 2020, sec. 2",
+        "our own check; A & B 2020 differ",
+        "C 2021: theorem",
+        "A & B 2020, fig. 3; C 2021",
+        "memory",
+    ]
+    outcomes = ["held", "held", "not held", "not held", "not enough data"]
+    board = papers([finding(*pair) for pair in zip(sources, outcomes)])
+    assert [paper.name for paper in board] == ["A & B 2020", "Our own checks", "C 2021", "memory"]
+    assert [len(board[0].of(outcome)) for outcome in ("held", "not held", "not enough data")] == [1, 1, 0]
+
+
+def test_the_papers_of_the_real_figures_are_named():
+    assert {paper_of(figure.source) for figure in figures()} >= {
+        "Lewkowycz & Gur-Ari 2020", "Li, Wei & Ma 2019", "Damian, Ma & Lee 2021", "Kou, You, Long & Wang 2020",
+        "Mobahi, Farajtabar & Bartlett 2020",
+    }  # fmt: skip
+
+
+def test_the_index_lists_every_run_failed_ones_first(tmp_path):
+    figure = samples.SampleFigure()
+    page = index_page(tmp_path, [figure], figure.rows())
+    (listing,) = page.listings
+    assert [column["name"] for column in listing["columns"]] == [
+        "figure", "status", "seed", "settings that differ", "final numbers", "seconds", "reason"]  # fmt: skip
+    assert listing["rows"] == [
+        ["l2/time-to-best", "failed", "3", "weight decay 0.1", "", "", "loss became NaN at step 40"],
+        ["l2/time-to-best", "done", "3", "weight decay 0.01", "", "", ""],
+    ]
+    assert listing["columns"][0]["links"] == {"l2/time-to-best": "l2/time-to-best.html#runs"}
+    assert "No run of this size has a row yet" in index_page(tmp_path, [figure], []).text
+
+
+def test_the_index_lists_the_rest_of_the_store_too(tmp_path):
+    figure = samples.SampleFigure()
+    others = samples.sweep_rows(2, 2, 1, optimizers=("sgd",))
+    with Store(tmp_path / "rows.sqlite") as store:
+        store.extend([*figure.rows(), *others])
+        table = store.table()
+    write_report(tmp_path / "pages", [figure], figure.rows(), "small", table=table)
+    page = Page((tmp_path / "pages" / "index.html").read_text(encoding="utf-8"))
+    rows = page.listings[0]["rows"]
+    assert Counter(row[0] for row in rows) == {"l2/time-to-best": 2, "no figure": 4}
+    failed, *done = [row for row in rows if row[0] == "no figure"]
+    assert failed[1] == "failed" and failed[6] == f"loss became infinite {samples.EVIL}"
+    assert done[0] == ["no figure", "done", "0", "weight decay 0, lr 0.01", "test loss 0.45", "2", ""]
+
+
 def test_an_index_loads_nothing_and_is_small(tmp_path):
-    page = index_page(tmp_path, [other_figure()], [])
+    page = index_page(tmp_path, [samples.other_figure()], [])
     relative = [attributes for tag, attributes in page.elements if tag == "a"]
     for attributes in relative:
         attributes.pop("href")
     assert_loads_nothing(page)
     assert (tmp_path / "pages" / "index.html").stat().st_size < 50_000
-    clean = index_page(tmp_path, [samples.SampleFigure()], [])
+    clean = index_page(tmp_path, [samples.other_figure(claim="clean")], [])
     assert [tag for tag, _ in page.elements] == [tag for tag, _ in clean.elements], "hostile text became markup"
 
 
@@ -456,5 +545,5 @@ def test_an_index_of_no_figures_says_so(tmp_path):
 @pytest.mark.parametrize("name", ["../up", "/etc/x", "l2/..", "a/b/c", "L2/x", "", "l2/x\n", "l2/x.html"])
 def test_a_figures_name_cannot_lead_out_of_the_folder(tmp_path, name):
     with pytest.raises(ValueError, match="a figure's name must be room/name in a-z, 0-9 and hyphens"):
-        write_report(tmp_path / "pages", [samples.SampleFigure(), other_figure(name)], [], "small")
+        write_report(tmp_path / "pages", [samples.SampleFigure(), samples.other_figure(name)], [], "small")
     assert not (tmp_path / "pages").exists()

@@ -7,7 +7,9 @@ print; other traces take the Okabe-Ito hues. Missing values stay gaps. Text that
 
 from __future__ import annotations
 
+import base64
 import csv
+import gzip
 import html
 import io
 import json
@@ -24,6 +26,7 @@ except ImportError as error:
     raise ImportError("the page's plots are drawn with plotly: pip install 'decaycast[lab]'") from error
 
 from decaycast.core.experiment import Panel, Trace
+from decaycast.lab.thinning import thin, thin_trace
 
 if TYPE_CHECKING:
     from decaycast.lab.verify import Verification
@@ -46,6 +49,7 @@ HUES: tuple[Colours, ...] = (
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x")
 CURVE_POINTS = 4000  # per plot, over all its arms: keeps a page of many long arms below its size limit
 TABLE_ROWS = 300
+PACKED_ROWS = 10_000  # longer tables are offered as gzip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,11 +81,19 @@ class Plot:
         return f'{{"figure":{figure},"views":{views}}}'.replace("<", "\\u003c")
 
     @property
+    def packed(self) -> bool:
+        """Whether the table is offered as gzip."""
+        return len(self.rows) > PACKED_ROWS
+
+    @property
     def csv_uri(self) -> str:
-        """All rows as a CSV file in a data: address."""
+        """All rows as a CSV file in a data: address; long ones compressed, or they would fill the page."""
         out = io.StringIO()
         rows = ([_cell(value) for value in row] for row in self.rows)
         csv.writer(out, lineterminator="\n").writerows([self.header, *rows])
+        if self.packed:
+            packed = gzip.compress(out.getvalue().encode("utf-8", "backslashreplace"), mtime=0)
+            return "data:application/gzip;base64," + base64.b64encode(packed).decode()
         return "data:text/csv;charset=utf-8," + quote(out.getvalue(), safe="/:+-.,_ ").replace(" ", "%20")
 
     @property
@@ -105,13 +117,6 @@ class Scale:
         at = min(1.0, max(0.0, (math.log(weight_decay) - self.low) / span if span else 0.5))
         light, dark = sample_colorscale("Viridis", [0.86 * at, 0.3 + 0.7 * at])
         return str(light), str(dark)
-
-
-def thin(count: int, limit: int) -> list[int]:
-    """At most `limit` (>= 2) evenly spaced indices below `count`, the first and the last among them."""
-    if count <= limit:
-        return list(range(count))
-    return sorted({round(i * (count - 1) / (limit - 1)) for i in range(limit)})
 
 
 def pretty(value: float | None, digits: int = 3) -> str:
@@ -161,7 +166,7 @@ def _curve_plot(metric: str, curves: Mapping[float, Any], forecast: Forecast, sc
     if not arms:
         return None
     limit = max(2, CURVE_POINTS // len(arms))
-    figure, by_step, by_efolds, rows, thinned = _figure(), [], [], [], False
+    figure, by_step, by_efolds, rows, thinned = base_figure(), [], [], [], False
     for decay, columns in arms.items():
         keep = thin(len(columns[metric]), limit)
         thinned |= len(keep) < len(columns[metric])
@@ -239,7 +244,7 @@ def verification_plot(verification: Verification, forecast: Forecast, scale: Sca
         error_y={"type": "data", "array": [_gap(value) for value in error], "thickness": 1.5, "width": 5},
         hovertemplate=f"λ = %{{x:.3g}}<br>%{{y:.4g}}<extra>{verification.seeds} seeds</extra>",
     )
-    figure = _figure()
+    figure = base_figure()
     figure.add_trace(line)
     low, high = forecast.interval
     if 0 < low < high < math.inf:
@@ -266,25 +271,31 @@ def verification_plot(verification: Verification, forecast: Forecast, scale: Sca
 
 
 def panel_plot(panel: Panel) -> Plot:
-    """A panel of plain traces; bounds are shaded around lines and drawn as bars at loose markers."""
-    figure, legend, rows = _figure(), [], []
+    """A panel of plain traces; bounds are shaded around lines and drawn as bars at loose markers.
+
+    Of long traces some points are drawn, and the caption says so; the table has all.
+    """
+    figure, legend, rows, drawn = base_figure(), [], [], 0
     floor = _smallest_positive(panel) if panel.y_log else None
     for index, trace in enumerate(panel.traces):
         colours = _hue(index, len(panel.traces))
         group = f"trace {index}"
         legend.append(Key(name=group, label=trace.name, colours=colours))
+        rows += [(trace.name, *map(float, row)) for row in zip(trace.x, trace.y, *_bounds(trace), strict=True)]
+        trace = thin_trace(trace, len(panel.traces), logs=(panel.x_log, panel.y_log))
+        drawn += len(trace.x)
         if trace.low is not None and trace.high is not None and trace.mode != "markers":
             figure.add_traces(_bands(trace, group, colours, floor))
         figure.add_trace(_panel_line(trace, group, colours, index))
-        rows += [(trace.name, *map(float, row)) for row in zip(trace.x, trace.y, *_bounds(trace), strict=True)]
     for update, label, log in (
         (figure.update_xaxes, panel.x_label, panel.x_log),
         (figure.update_yaxes, panel.y_label, panel.y_log),
     ):
         update(title_text=html.escape(label, quote=False), type="log" if log else "linear")
+    fewer = f"Drawn: {drawn:,} of {len(rows):,} points, extremes among them." if drawn < len(rows) else ""
     return Plot(
         title=panel.title,
-        caption=panel.caption,
+        caption=" ".join(filter(None, (panel.caption, fewer))),
         figure=figure,
         header=("trace", panel.x_label, panel.y_label, "low", "high"),
         rows=tuple(rows),
@@ -339,7 +350,8 @@ def _hue(index: int, count: int) -> Colours:
     return Scale([1.0, math.e]).colours(math.exp(index / (count - 1)))
 
 
-def _figure() -> graph.Figure:
+def base_figure() -> graph.Figure:
+    """An empty figure with the axes and margins of all plots; colours of text and grid come from the page."""
     axis = {"exponentformat": "power", "automargin": True, "zeroline": False, "nticks": 7}
     return graph.Figure(
         layout={

@@ -1,19 +1,14 @@
-"""The page: one HTML file that needs nothing else, for a forecast, a figure or a list of figures. Nothing here trains.
+"""The pages of forecasts, probes and figures, and the report of several figures. Nothing here trains.
 
-plotly.js is written into the file, and a content security policy in its head forbids every request, so that a page
-opened years later, offline or from a mail shows the same and tells nobody. All text is escaped by the template engine;
-the only markup passed through is plotly.js and JSON in which "<" is an escape.
+What all pages share, and why each needs nothing else, stands in `decaycast.lab.page`; templates are in its folder.
 """
 
 from __future__ import annotations
 
-import base64
 import math
 import os
 import shlex
-from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,33 +16,24 @@ from decaycast.core.experiment import Figure, Panel, Row, Scalar, Size
 from decaycast.lab import plots
 from decaycast.lab.figures import by_key
 from decaycast.lab.findings import Finding, assess
+from decaycast.lab.index_page import SIZE_NOTES, write_index_page
+from decaycast.lab.listing import runs_listing
+from decaycast.lab.page import OUTCOMES, merged_provenance, setting, write_page
 from decaycast.lab.plots import Key, pretty
-
-try:
-    import jinja2
-    from markupsafe import Markup
-except ImportError as error:
-    raise ImportError("the page is written with jinja2: pip install 'decaycast[lab]'") from error
-from plotly.offline import get_plotlyjs
+from decaycast.lab.table import Table
 
 if TYPE_CHECKING:
     from decaycast.lab.verify import Verification
     from decaycast.methods.l2.forecast import Arm, Forecast
     from decaycast.methods.large_lr.probe_report import ProbeReport
 
-TEMPLATE = "template.html"
 INDEX = "index.html"
-ICON = (
-    '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32"><rect width="32" height="32" rx="7" fill="#21918c"/>'
-    '<path d="M6 6C8 20 14 25 27 26" fill="none" stroke="#fff" stroke-width="3.5" stroke-linecap="round"/></svg>'
-)
 VERDICTS = {
     "trust": "The arms separate clearly: use the number. A finer search would gain little.",
     "weak": "The measurements point this way but leave room: a sound start. Verify it before an expensive run.",
     "refuse": "The measurements do not support a forecast. The number shown is a fallback, and the reason says why.",
 }
 TONES = {"trust": "good", "weak": "middling", "refuse": "bad"}
-OUTCOMES = {"held": "good", "not held": "bad", "not enough data": "middling"}
 PROBE_MARKS = {
     "memorises shortcuts first": ("bad", "✕ memorises shortcuts first"),
     "does not": ("good", "✓ does not memorise shortcuts first"),
@@ -64,15 +50,6 @@ PROBE_READING = (
     "All numbers come from one brief training on held-out data. The planted shortcut is a stand-in: it shows in which order a "
     "network learns at a rate, not which shortcuts your data have.",
 )
-SIZE_NOTES = {
-    "smoke": "seconds of training, enough to see that everything works, not to judge the claim",
-    "small": "minutes on two cores",
-    "paper": "the scale of the paper",
-}
-
-
-class ReportError(RuntimeError):
-    """A page could not be written."""
 
 
 def write_forecast_page(
@@ -125,10 +102,10 @@ def write_forecast_page(
         "check_facts": _check_facts(verification) if verification else [],
         "recipe": recipe,
         "command": command,
-        "settings": {name: _setting(value) for name, value in settings.items()},
+        "settings": {name: setting(value) for name, value in settings.items()},
         "provenance": dict(provenance),
     }
-    return _write(path, page)
+    return write_page(path, page)
 
 
 def write_probe_page(
@@ -170,11 +147,11 @@ def write_probe_page(
         "rows": [report.cells(arm) for arm in report.arms],
         "plots": [plots.panel_plot(panel) for panel in panels],
         "reading": PROBE_READING,
-        "settings": {name: _setting(value) for name, value in settings.items()},
+        "settings": {name: setting(value) for name, value in settings.items()},
         "command": command,
         "provenance": dict(provenance),
     }
-    return _write(path, page)
+    return write_page(path, page)
 
 
 def write_figure_page(path: str | os.PathLike[str], figure: Figure, rows: Sequence[Row], size: Size) -> Path:
@@ -211,42 +188,20 @@ def write_finding_page(path: str | os.PathLike[str], finding: Finding) -> Path:
         "numbers": {name: pretty(value, 4) for name, value in finding.verdict.numbers.items()},
         "plots": [plots.panel_plot(panel) for panel in finding.panels],
         "finding": finding,
+        "runs": runs_listing(finding.rows, f"Runs of {figure.name}") if finding.rows else None,
         "command": shlex.join(["decaycast", "lab", "run", figure.name, "--size", finding.size]),
-        "provenance": _merged_provenance(finding.rows),
+        "provenance": merged_provenance(finding.rows),
     }
-    return _write(path, page)
-
-
-def write_index_page(path: str | os.PathLike[str], findings: Sequence[Finding], size: Size) -> Path:
-    """Write the table of several figures: claim, verdict, size, and links to their pages beside it.
-
-    Args:
-        path: the HTML file to write, in the folder below which the pages lie; replaced in one step.
-        findings: what to list.
-        size: the size they were judged at.
-
-    Returns:
-        The path written.
-
-    Raises:
-        ReportError: the file cannot be written.
-    """
-    counts = Counter(finding.verdict.outcome for finding in findings)
-    page = {
-        "kind": "index",
-        "title": "Figures and verdicts",
-        "subtitle": f"{len(findings)} figures, size {size}",
-        "size": size,
-        "size_note": SIZE_NOTES[size],
-        "findings": findings,
-        "tones": OUTCOMES,
-        "counts": [(outcome, str(counts[outcome]), "") for outcome in OUTCOMES],
-    }
-    return _write(path, page)
+    return write_page(path, page)
 
 
 def write_report(
-    out: str | os.PathLike[str], figures: Sequence[Figure], rows: Iterable[Row], size: Size
+    out: str | os.PathLike[str],
+    figures: Sequence[Figure],
+    rows: Iterable[Row],
+    size: Size,
+    *,
+    table: Table | None = None,
 ) -> list[Finding]:
     """Write a page per figure, and an index of them, into a folder; never trains.
 
@@ -255,6 +210,7 @@ def write_report(
         figures: what to show.
         rows: from `Store.read`, `Store.rows_of` or `load_export`; rows that belong to none of them are passed over.
         size: the size to show.
+        table: `Store.table()` of the whole store: its other runs are then listed on the index too.
 
     Returns:
         What was found, figure by figure.
@@ -268,7 +224,7 @@ def write_report(
     pages = [Path(out) / finding.page for finding in findings]  # all names are checked before anything is written
     for page, finding in zip(pages, findings, strict=True):
         write_finding_page(page, finding)
-    write_index_page(Path(out) / INDEX, findings, size)
+    write_index_page(Path(out) / INDEX, findings, size, table=table)
     return findings
 
 
@@ -365,51 +321,3 @@ def _ruler(forecast: Forecast, scale: plots.Scale) -> dict[str, Any] | None:
         "answer": at(forecast.weight_decay),
         "dots": [(at(value), scale.colours(value), status, plots.arm_name(value)) for value, status in dots],
     }
-
-
-def _setting(value: Scalar) -> str:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return "-" if value is None else str(value)
-    return f"{value:,}" if isinstance(value, int) else f"{value:.6g}"
-
-
-def _merged_provenance(rows: Sequence[Row]) -> dict[str, str]:
-    """Each key with its distinct values; a few are named, more are counted."""
-    values: dict[str, dict[str, None]] = defaultdict(dict)
-    for row in rows:
-        for name, value in row.provenance.items():
-            values[name][value] = None
-    merged = {}
-    for name, distinct in values.items():
-        several = sorted(distinct)
-        text = f"{several[0]} to {several[-1]}" if name == "time" and len(several) > 1 else ", ".join(several[:4])
-        merged[name] = text + (f" and {len(several) - 4} more" if len(several) > 4 and name != "time" else "")
-    return merged
-
-
-def _write(path: str | os.PathLike[str], page: Mapping[str, Any]) -> Path:
-    text = _render(page)
-    path = Path(path)
-    # In the same folder, so that the replacement is one step and a killed process leaves no half page.
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            draft.write_text(text, encoding="utf-8")
-            os.replace(draft, path)
-        finally:
-            draft.unlink(missing_ok=True)
-    except OSError as error:
-        raise ReportError(f"cannot write {path}: {error.strerror or error}; choose another --out") from error
-    return path
-
-
-def _render(page: Mapping[str, Any]) -> str:
-    source = resources.files("decaycast.lab").joinpath(TEMPLATE).read_text(encoding="utf-8")
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    icon = "data:image/svg+xml;base64," + base64.b64encode(ICON.encode()).decode()
-    return environment.from_string(source).render(
-        **page, icon=icon, plotly_js=Markup(get_plotlyjs()), payload=lambda plot: Markup(plot.payload)
-    )

@@ -1,0 +1,195 @@
+"""A comparison as a whole: arms that fit, resuming, samples and models of one's own, failures, refusals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tests.lab.compared_models import (
+    INSTANCE,
+    MODULE,
+    Odd,
+    blobs,
+    normed,
+    plain,
+    tiny,
+)
+from torch import nn
+
+from decaycast.core.experiment import Row
+from decaycast.lab.compare_arms import misfit, settings_of
+from decaycast.lab.compare_task import task
+from decaycast.lab.data import DataError, Split
+from decaycast.lab.execute import processes
+from decaycast.lab.store import Store
+
+
+def test_all_arms_that_fit_are_compared_and_the_others_named():
+    comparison = tiny(None)
+    assert [arm.name for arm in comparison.arms] == [
+        "none", "weight-decay", "autol2", "label-noise", "activation-noise", "self-distillation", "label-smoothing", "sam",
+    ]  # fmt: skip
+    assert comparison.left_out == {"stochnorm": "the model has no batch norm that StochNorm could replace"}
+    assert all(arm.mean("gradients") == 20 and len(arm.finals) == 2 for arm in comparison.arms)
+    assert "stochnorm" in [arm.name for arm in tiny(None, normed).arms]
+    odd = tiny(None, Odd)
+    assert set(odd.left_out) == {"stochnorm", "activation-noise"}
+
+
+def test_the_same_store_trains_only_what_is_missing(tmp_path: Path):
+    new: list[Row] = []
+    first = tiny(store=tmp_path / "rows.sqlite", on_row=new.append)
+    assert len(new) == 4
+    planned: list[int] = []
+    again = tiny(store=tmp_path / "rows.sqlite", on_row=new.append, on_plan=lambda runs: planned.append(len(runs)))
+    assert len(new) == 4 and planned == [0] and again.to_dict() == first.to_dict()
+    with Store(tmp_path / "rows.sqlite") as store:
+        more = tiny(["label-smoothing", "sam"], seeds=3, store=store, on_row=new.append)
+        assert len(new) == 4 + 2 + 3 and more.seeds == 3
+        tiny(store=store, on_row=new.append, data=blobs(seed=1))
+        assert len(new) == 9 + 4, "other samples are other runs"
+        tiny(store=store, on_row=new.append, model=lambda: nn.Sequential(nn.Linear(6, 3), nn.Flatten()))
+        tiny(store=store, on_row=new.append, model=lambda: nn.Sequential(nn.Linear(6, 3), nn.Tanh()))
+        assert len(new) == 13 + 8, "another model is another run, also where both are called lambda"
+
+
+def test_what_distinguishes_models_of_one_name():
+    split, names = task(plain, blobs()).split(), set()
+    for model in (plain, normed, Odd, f"{MODULE}:plain"):
+        work = task(model, blobs())
+        names.add(work.described(split, 0))
+        assert work.described(split, 0) == work.described(split, 0)
+    assert len(names) == 3, "a function and its name are the same"
+
+
+@pytest.mark.slow
+def test_worker_processes_train_the_same():
+    arms = ["label-noise", "self-distillation", "sam"]
+    here = tiny(arms, f"{MODULE}:normed")
+    there = tiny(arms, f"{MODULE}:normed", execute=processes(2))
+    for one, other in zip(here.rows, there.rows):
+        assert one.run == other.run and one.curve == other.curve, one.run.config["arm"]
+
+
+def test_a_divergence_is_a_failed_row_and_said():
+    comparison = tiny(["weight-decay"], lr=1e9, momentum=0.0)
+    assert {row.status for row in comparison.rows} == {"failed"}
+    assert (
+        comparison.outcome == "no verdict" and "seeds of the baseline 'no regulariser' finished" in comparison.verdict
+    )
+    assert any("DivergedError: the training loss is nan at step" in note for note in comparison.notes())
+
+
+def test_a_network_that_ends_in_nan_is_a_failed_row():
+    class Spoilt(nn.Linear):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return super().forward(input) / (1.0 if self.training or len(input) < 3 else 0.0)
+
+    comparison = tiny(model=lambda: nn.Sequential(Spoilt(6, 3)))
+    assert {row.reason for row in comparison.rows} == {"the trained network's test loss is not finite"}
+
+
+def test_a_split_of_ones_own_and_settings_of_ones_own():
+    x, y = (torch.from_numpy(each) for each in blobs(90))
+    split = Split(
+        name="mine", train=(x[:40], y[:40]), validation=(x[40:60], y[40:60]), test=(x[60:], y[60:]), classes=3
+    )
+    comparison = tiny({"sam": {"rho": 0.2}, "label-noise": {}}, data=split, baseline="label-smoothing")
+    assert [arm.title for arm in comparison.arms] == [
+        "label smoothing 0.1 (yardstick)",
+        "SAM, radius 0.2 (yardstick)",
+        "label noise, flip 0.2",
+    ]
+    work = task(plain, split)
+    for part in ("train", "validation", "test"):
+        assert torch.equal(getattr(work.split(), part)[0], getattr(split, part)[0])
+    assert tiny("sam", data=split).arms[1].name == "sam", "one name is one arm"
+
+
+def test_samples_are_split_once_and_standardised_by_the_training_part():
+    x, y = blobs(100)
+    parts = [getattr(task(plain, (x, y)).split(), part) for part in ("train", "validation", "test")]
+    assert [len(part[1]) for part in parts] == [60, 20, 20]
+    assert sorted(np.concatenate([part[0][:, 0].numpy() for part in parts])) == sorted(x[:, 0])
+    work = task(plain, (3 * x + 2, y), standardise=True, train_size=50).split()
+    assert work.train[0].shape == (50, 6)
+    torch.testing.assert_close(work.train[0].mean(0), torch.zeros(6), rtol=0, atol=1e-5)
+    torch.testing.assert_close(work.train[0].std(0, correction=0), torch.ones(6), rtol=1e-5, atol=0)
+    torch.testing.assert_close(work.test[0], task(plain, (x, y), standardise=True, train_size=50).split().test[0])
+    tokens = task(plain, (np.ones((20, 4), dtype=int), np.arange(20) % 2), standardise=True).split()
+    assert tokens.train[0].dtype == torch.int64
+
+
+def test_text_has_several_labels_in_a_sample():
+    labels = torch.zeros(4, 7, dtype=torch.int64)
+    settings = settings_of("self-distillation", {}, optimizer="sgd", schedule="cosine")
+    assert misfit("self-distillation", settings, plain(), labels, 3).startswith("every sample has several labels")
+    assert misfit("self-distillation", settings, plain(), labels[:, 0], 3) == ""
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seeds": 1}, "one training tells nothing about a difference: give at least 2 seeds, better 5, got 1"),
+        ({"seeds": [3, 3]}, "give at least 2 seeds, better 5, got 1"),
+        ({"seeds": [1, -1]}, "seed must be a whole number >= 0, got -1"),
+        ({"arms": ["label-noize"]}, "unknown arm 'label-noize'; did you mean 'label-noise'\\? known: none, weight-decay"),
+        ({"arms": ["none"]}, "there is nothing to compare 'none' with; name at least one other arm of none, weight-decay"),
+        ({"baseline": "nothing"}, "unknown arm 'nothing'"),
+        ({"arms": {"sam": {"rhoo": 1}}}, "unknown setting of arm 'sam' 'rhoo'; did you mean 'rho'"),
+        ({"arms": {"sam": {"rho": 0}}}, "rho of arm 'sam' must be a number > 0, got 0"),
+        ({"arms": {"sam": {"rho": True}}}, "rho of arm 'sam' must be a number > 0, got True"),
+        ({"arms": {"autol2": {"clock": "hours"}}}, "unknown clock of AutoL2 'hours'"),
+        ({"budget_steps": 19}, "the budget must be a whole number of at least 20 optimiser steps, got 19: teacher and student"),
+        ({"budget_steps": 100.0}, "the budget must be a whole number of at least 20 optimiser steps, got 100.0"),
+        ({"arms": ["stochnorm"]}, "arm 'stochnorm' does not fit: the model has no batch norm that StochNorm could replace; l"),
+        ({"arms": ["activation-noise"], "model": Odd}, "arm 'activation-noise' does not fit: the model has no activation"),
+        ({"arms": {"label-noise": {"flip": 0.8}}}, "with 3 classes flips have to be rarer than 0.667, where labels say nothing"),
+        ({"metric": "f1"}, "unknown metric 'f1'; known: accuracy, loss"),
+        ({"optimizer": "adam"}, "unknown optimizer 'adam'; did you mean 'adamw'"),
+        ({"schedule": "cosin"}, "unknown schedule 'cosin'; did you mean 'cosine'"),
+        ({"lr": 0.0}, "lr must be a finite number > 0, got 0.0"),
+        ({"momentum": 1.0}, r"momentum must be in \[0, 1\), got 1.0"),
+        ({"batch_size": 0}, "batch_size must be a whole number >= 1, got 0"),
+        ({"data": "digitz"}, "unknown data set 'digitz'; did you mean 'digits'"),
+        ({"model": "mlpp"}, "unknown model 'mlpp'"),
+        ({"model": "no.such:thing"}, "cannot find the model 'no.such:thing' .*name a function that makes it as package"),
+        ({"model": f"{MODULE}:plane"}, "cannot find the model .*has no attribute 'plane'"),
+        ({"model": f"{MODULE}:INSTANCE"}, "INSTANCE' is a Sequential; name a function that makes a new model"),
+        ({"model": lambda: nn.Linear(6, 2)}, "the model has 2 outputs for 3 classes; give it one per class"),
+        ({"model": lambda: nn.Linear(5, 3)}, r"the model does not take these samples, of shape \(6,\) and torch.float32"),
+        ({"model": lambda: nn.Sequential(nn.Linear(6, 3), nn.Flatten(0))}, r"must return scores of shape \(2, 3\) for 2 samp"),
+        ({"model": lambda: INSTANCE}, "returns the same model each time, which would go on from the weights of"),
+        ({"data": (np.zeros((20, 6)), np.arange(19) % 3)}, "X has 20 samples and y has 19 labels; give one label"),
+        ({"data": (np.zeros((20, 6)), np.zeros(20))}, "y class numbers, got float64 and float64; a comparison is for classif"),
+        ({"data": (np.zeros((5, 6)), np.arange(5) % 3)}, "5 samples are too few to train, validate and test on; give at"),
+        ({"data": (np.zeros((20, 6)), np.arange(20) % 3 - 1)}, "y must number the classes from 0, got -1"),
+        ({"data": (np.full((20, 6), np.nan), np.arange(20) % 3)}, "X holds values that are not finite"),
+        ({"data": (np.zeros((20, 6)), np.zeros(20, dtype=int))}, "all labels are 0, so there is nothing to tell apart"),
+    ],
+)  # fmt: skip
+def test_what_is_refused(changes: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        tiny(**changes)
+
+
+def test_refusals_of_another_kind():
+    with pytest.raises(
+        TypeError, match="make_model must be a function that makes a new model .* got a Sequential; write"
+    ):
+        tiny(model=plain())
+    with pytest.raises(TypeError, match="make_model must be a function .*got a int"):
+        tiny(model=3)
+    with pytest.raises(TypeError, match=r"compared_models:nothing must make a torch.nn.Module, it made str"):
+        tiny(model=f"{MODULE}:nothing")
+    with pytest.raises(TypeError, match=r"data must be a data set's name, a pair \(X, y\) or .*Split, got dict"):
+        tiny(data={"X": 1})
+    with pytest.raises(
+        TypeError, match="lambda.* cannot be given to other processes; name it as 'package.module:function'"
+    ):
+        tiny(model=lambda: nn.Linear(6, 3), execute=processes(2))
+    with pytest.raises(DataError, match="there are 90 samples to train on, but 91 were asked for; change train_size"):
+        tiny(train_size=91)
