@@ -5,7 +5,7 @@ PYTHON ?= python3
 PIP_INSTALL = -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 SOURCES := $(shell find src -type f -name '*.py' -o -type f -name '*.html')
 
-.PHONY: demo test test-fast test-timm lint format bench clean
+.PHONY: demo test test-fast test-timm lint format bench reference clean
 
 demo: .venv-demo/installed  ## forecast the weight decay of a network on real data, and write the page
 	.venv-demo/bin/decaycast find --data digits --train-size 512 --optimizer adamw --budget 1500 --verify
@@ -22,14 +22,17 @@ test-timm: .venv-timm/installed  ## the tests against timm, which needs torchvis
 bench: .venv-bench/installed  ## every benchmark, hours; the table alone: python bench/all.py --table
 	.venv-bench/bin/python bench/all.py
 
+reference: .venv-test/extras  ## the API reference, from the docstrings: build/reference/decaycast.html
+	.venv-test/bin/python docs/reference.py
+
 lint: .venv-test/linters  ## style and types
-	.venv-test/bin/ruff check src tests bench
-	.venv-test/bin/ruff format --check src tests bench
+	.venv-test/bin/ruff check src tests bench docs/reference.py
+	.venv-test/bin/ruff format --check src tests bench docs/reference.py
 	.venv-test/bin/pyright
 
 format: .venv-test/linters
-	.venv-test/bin/ruff check --fix src tests bench
-	.venv-test/bin/ruff format src tests bench
+	.venv-test/bin/ruff check --fix src tests bench docs/reference.py
+	.venv-test/bin/ruff format src tests bench docs/reference.py
 
 clean:
 	rm -rf .venv-demo .venv-test .venv-timm .venv-bench dist
@@ -58,7 +61,7 @@ clean:
 	touch $@
 
 .venv-test/extras: .venv-test/installed
-	.venv-test/bin/python $(PIP_INSTALL) --editable '.[test,parquet,lightning,hf,optuna,torchmetrics,loggers]'
+	.venv-test/bin/python $(PIP_INSTALL) --editable '.[test,docs,ray,parquet,lightning,hf,optuna,torchmetrics,loggers]'
 	touch $@
 
 .venv-test/linters: .venv-test/installed

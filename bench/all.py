@@ -1,4 +1,4 @@
-"""Every benchmark in one command, and one table of what they found: `bench/results/all.md`.
+"""Every benchmark in one command, and one table of what they found: `bench/results/all.md`, and the README.
 
     DECAYCAST_DATA=<data folder> python bench/all.py           # all of them: about a day on two cores
     python bench/all.py stochnorm label_noise                   # some of them (names below)
@@ -15,6 +15,7 @@ import argparse
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -26,7 +27,9 @@ from headlines import Headline, headlines
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
+README = HERE.parent / "README.md"
 UNMEASURED = "not measured yet"
+BEGIN, END = "<!-- the table: python bench/all.py --table -->", "<!-- the end of the table -->"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +65,7 @@ BENCHES = (
     Bench(name="forecast", about="the forecast against searches", minutes=120, needs=("data", "optuna")),
     Bench(name="autol2", about="AutoL2 (paper) against the tuned constant", minutes=120, needs=("data",)),
     Bench(name="schedules", about="AutoL2 on e-folds under schedules", minutes=400, needs=("data",)),
+    Bench(name="language", about="a small language model: audit, forecast, AutoL2", minutes=60, needs=("data",)),
     Bench(
         name="optuna_prior",
         about="the forecast as a prior of Optuna's search, on recorded runs",
@@ -124,6 +128,22 @@ def table(results: Path = RESULTS) -> list[str]:
     return lines
 
 
+def in_readme(text: str, lines: list[str]) -> str:
+    """`text` with the table of `lines` between its two marks; machines are left to the page."""
+    rows = [line.rsplit(" | ", 1)[0] + " |" for line in lines if line.startswith("| ")]
+    head, rest = text.split(BEGIN)
+    shown = "\n".join([rows[0], "|-|-|-|-|-|-|", *rows[1:]])
+    return (
+        head
+        + BEGIN
+        + "\n"
+        + re.sub(r"\]\((\w+\.md)\)", r"](bench/results/\1)", shown)
+        + "\n"
+        + END
+        + rest.split(END)[1]
+    )
+
+
 def _lines(name: str, results: Path) -> list[str]:
     path = results / f"{name}.json"
     if not path.is_file():
@@ -180,6 +200,7 @@ def main() -> None:
     problems = {bench.name: problem for bench in chosen if (problem := run(bench))}
     lines = table()
     (RESULTS / "all.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    README.write_text(in_readme(README.read_text(encoding="utf-8"), lines), encoding="utf-8")
     print("\n".join(lines))
     for name, problem in problems.items():
         print(f"{name}: {problem}", file=sys.stderr)

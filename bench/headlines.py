@@ -113,6 +113,14 @@ def _schedules(result: dict) -> Iterable[Headline]:
             yield _plus_minus(f"{row['who']} less tuned constant, test points", row["mean difference"], row["stderr"])
 
 
+def _language(result: dict) -> Iterable[Headline]:
+    for each in result["results"]:
+        for who in ("forecast", "AutoL2"):
+            shares = [entry["share"] for entry in each["entries"] if entry["who"].startswith(who)]
+            what = f"{each['task']}, {who}: share of the tuning gain"
+            yield Headline(what=what, value=statistics.mean(shares), low=min(shares), high=max(shares))
+
+
 def _label_noise(result: dict) -> Iterable[Headline]:
     for row in result["rows"]:
         if row["noise"] == "LabelNoise":
@@ -185,12 +193,16 @@ def _replicas(result: dict) -> Iterable[Headline]:
 def _executors(result: dict) -> Iterable[Headline]:
     if "executors" in result:
         rounds = result["executors"]["seconds"]
-        for side, aim in {"two processes": ">= 1.9", "Ray, two workers": ""}.items():
-            if side in rounds:
-                pairs = zip(rounds["one process"], rounds[side], strict=True)
+        for above, below, aim in (
+            ("one process", "two processes", ">= 1.9"),
+            ("one process", "two plain loops (the limit)", ""),
+            ("Ray, two workers", "two processes", "<= 1.1"),
+        ):
+            if above in rounds and below in rounds:
+                pairs = zip(rounds[above], rounds[below], strict=True)
                 gains = [one["training"] / other["training"] for one, other in pairs]
                 value, low, high = statistics.median(gains), min(gains), max(gains)
-                yield Headline(what=f"one process / {side}, training", value=value, low=low, high=high, aim=aim)
+                yield Headline(what=f"{above} / {below}, training", value=value, low=low, high=high, aim=aim)
     if "overhead" in result:
         found = result["overhead"]
         share = sum(found[part] for part in ("planning", "storing", "reading")) / found["training"]
@@ -216,6 +228,7 @@ _READERS: dict[str, Callable[[dict], Iterable[Headline]]] = {
     "forecast": _forecast,
     "autol2": _autol2,
     "schedules": _schedules,
+    "language": _language,
     "label_noise": _label_noise,
     "large_lr": _large_lr,
     "self_distill": _self_distill,

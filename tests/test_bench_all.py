@@ -31,6 +31,12 @@ def test_the_committed_table_is_that_of_the_committed_results(everything: Any):
     assert not any("cannot be read" in line for line in found)
 
 
+def test_the_readme_has_the_same_table(everything: Any):
+    text = everything.README.read_text(encoding="utf-8")
+    assert text == everything.in_readme(text, everything.table()), "make it again: python bench/all.py --table"
+    assert text.count("(bench/results/stochnorm.md) | StochNorm2d / BatchNorm2d") == 5
+
+
 def test_every_benchmark_is_listed(everything: Any):
     helpers = {"all", "headlines", "machine", "tasks", "peers", "plot", "gpu_networks", "gpu_speed", "gpu_experiment"}
     assert {path.stem for path in BENCH.glob("*.py")} - helpers == {bench.name for bench in everything.BENCHES}

@@ -7,13 +7,14 @@ import re
 import runpy
 import shlex
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
 pytest.importorskip("typer")
+
+from tests.commands import Command, command, error_line
 
 from decaycast import cli
 from decaycast.core.schedule import lr_by_name
@@ -25,38 +26,10 @@ from decaycast.lab.trial import Trial
 TINY = ("--train-size", "300", "--model", "mlp-16x1", "--batch-size", "32")
 
 
-class Ended(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out, parse_constant=refuse_constant)
-
-
-def refuse_constant(name: str) -> None:
-    raise AssertionError(f"{name} is no JSON")
-
-
-Command = Callable[..., Ended]
-
-
 @pytest.fixture
 def decaycast(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Command:
     """Runs `decaycast ...` in a folder of its own, through the entry point."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # typer puts its own there
-    monkeypatch.delenv("DECAYCAST_DATA", raising=False)
-    monkeypatch.setenv("COLUMNS", "100")
-
-    def run(*arguments: str) -> Ended:
-        monkeypatch.setattr(sys, "argv", ["decaycast", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        return Ended(int(ended.value.code or 0), *capfd.readouterr())
-
-    return run
+    return command(monkeypatch, capfd, tmp_path, columns=100)
 
 
 def number(text: str, before: str) -> float:
@@ -64,14 +37,6 @@ def number(text: str, before: str) -> float:
     found = re.search(re.escape(before) + r"\s*([-+.\de]+)", text)
     assert found, f"no number after {before!r} in {text!r}"
     return float(found[1])
-
-
-def error_line(ended: Ended) -> str:
-    """The one line on stderr of a call refused with exit code 2."""
-    assert ended.code == 2 and ended.out == ""
-    lines = ended.err.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: "), ended.err
-    return lines[0]
 
 
 def words(value: list[str] | str) -> str:

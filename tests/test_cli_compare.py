@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 
 pytest.importorskip("typer")
 
-from decaycast import cli
+from tests.commands import Command, command, error_line
 
 TINY = ("--train-size", "100", "--model", "mlp-8x1", "--batch-size", "32", "--budget", "20", "--seeds", "2")
 NETWORK = """
@@ -24,43 +20,10 @@ def make():
 """
 
 
-class Ended(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
-
-
-Command = Callable[..., Ended]
-
-
 @pytest.fixture
 def decaycast(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Command:
     """Runs `decaycast compare ...` in a folder of its own, through the entry point."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # typer puts its own there
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.delenv("DECAYCAST_DATA", raising=False)
-    monkeypatch.setenv("COLUMNS", "150")
-
-    def run(*arguments: str) -> Ended:
-        monkeypatch.setattr(sys, "argv", ["decaycast", "compare", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        return Ended(int(ended.value.code or 0), *capfd.readouterr())
-
-    return run
-
-
-def error_line(ended: Ended) -> str:
-    """The one line on stderr of a call refused with exit code 2."""
-    assert ended.code == 2 and ended.out == ""
-    lines = ended.err.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: "), ended.err
-    return lines[0]
+    return command(monkeypatch, capfd, tmp_path, "compare")
 
 
 def test_it_prints_what_its_json_says_and_trains_nothing_twice(decaycast: Command):

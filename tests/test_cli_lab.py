@@ -9,66 +9,29 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
 pytest.importorskip("typer")
 
+from tests.commands import Command, command, error_line
 from tests.lab.figure_samples import NeedsAll, OwnTraining, Sample
 
-from decaycast import cli, cli_lab
+from decaycast import cli_lab
 from decaycast.core.experiment import Row, Run
 from decaycast.lab import figures as lab
 from decaycast.lab.store import Store, load_export
 
 
-class Ended(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
-
-    @property
-    def words(self) -> str:
-        """All of stdout without borders, in one line."""
-        return " ".join(re.sub(r"[^\x00-\x7f]", " ", self.out).split())
-
-
-Command = Callable[..., Ended]
-
-
 @pytest.fixture
 def decaycast(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Command:
     """Runs `decaycast lab ...` in a folder of its own, on three made-up figures."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # typer puts its own there
-    monkeypatch.delenv("DECAYCAST_DATA", raising=False)
-    monkeypatch.setenv("COLUMNS", "150")
     found = [Sample(), NeedsAll(decays=(0.01, 0.3)), OwnTraining()]
     monkeypatch.setattr(lab, "figures", lambda: found)
     monkeypatch.setattr(cli_lab, "figures", lambda: found)
-
-    def run(*arguments: str) -> Ended:
-        monkeypatch.setattr(sys, "argv", ["decaycast", "lab", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        return Ended(int(ended.value.code or 0), *capfd.readouterr())
-
-    return run
-
-
-def error_line(ended: Ended) -> str:
-    """The one line on stderr of a call refused with exit code 2."""
-    assert ended.code == 2 and ended.out == ""
-    lines = ended.err.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: "), ended.err
-    return lines[0]
+    return command(monkeypatch, capfd, tmp_path, "lab")
 
 
 SMOKE = ("--size", "smoke", "--workers", "1")

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
 
 pytest.importorskip("typer")
 
-from decaycast import cli
+from tests.commands import Command, command, error_line
+
 from decaycast.core.experiment import Panel
 from decaycast.lab import shortcuts
 from decaycast.lab.shortcuts import ProbeRequest, probe_panels, probe_rates, read_npz, read_samples
@@ -24,42 +23,10 @@ TINY = ("--train-size", "300", "--model", "mlp-16x1", "--batch-size", "32", "--s
 FIXED = (*TINY, "--difficulty", "0.5")
 
 
-class Ended(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
-
-
-Command = Callable[..., Ended]
-
-
 @pytest.fixture
 def decaycast(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Command:
     """Runs `decaycast probe-lr ...` in a folder of its own, through the entry point."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # typer puts its own there
-    monkeypatch.delenv("DECAYCAST_DATA", raising=False)
-    monkeypatch.setenv("COLUMNS", "150")
-
-    def run(*arguments: str) -> Ended:
-        monkeypatch.setattr(sys, "argv", ["decaycast", "probe-lr", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        return Ended(int(ended.value.code or 0), *capfd.readouterr())
-
-    return run
-
-
-def error_line(ended: Ended) -> str:
-    """The one line on stderr of a call refused with exit code 2."""
-    assert ended.code == 2 and ended.out == ""
-    lines = ended.err.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: "), ended.err
-    return lines[0]
+    return command(monkeypatch, capfd, tmp_path, "probe-lr")
 
 
 def save(path: Path, x: np.ndarray, y: np.ndarray, **more: Any) -> str:

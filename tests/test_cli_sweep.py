@@ -12,9 +12,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
+from tests.commands import Command, command
 
 from decaycast import cli, cli_sweep
 from decaycast.core.experiment import Row, Run
@@ -26,32 +27,9 @@ TINY = ("--model", "mlp-8x1", "--train-size", "64", "--batch-size", "16", "--bud
 GRID = (*TINY, "--lr", "0.01:0.1:log2", "--weight-decay", "1e-4,1e-3", "--seeds", "2")
 
 
-class Ended(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out)
-
-    @property
-    def words(self) -> str:
-        return " ".join(re.sub("[\u2500-\u257f]", " ", self.out).split())
-
-
 @pytest.fixture
-def decaycast(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def run(*arguments: str) -> Ended:
-        monkeypatch.setattr(sys, "argv", ["decaycast", "sweep", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        return Ended(int(ended.value.code or 0), *capfd.readouterr())
-
-    return run
+def decaycast(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Command:
+    return command(monkeypatch, capfd, tmp_path, "sweep", columns=200)
 
 
 def test_a_dry_run_prints_plan_and_price_and_trains_nothing(decaycast, tmp_path: Path):

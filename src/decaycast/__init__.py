@@ -55,5 +55,6 @@ def __getattr__(name: str) -> Any:
     if name == "KernelSelfDistillation":
         from decaycast.methods.self_distill.estimator import KernelSelfDistillation
 
+        globals()[name] = KernelSelfDistillation  # found without this function from now on
         return KernelSelfDistillation
     raise AttributeError(f"module 'decaycast' has no attribute {name!r}")

@@ -223,7 +223,7 @@ def test_every_run_ends_in_one_row_and_the_cluster_ends(capfd):
     assert by_seed[3].reason == "worker died (WorkerCrashedError), tried 2 times"
     assert capfd.readouterr().out == "", "what Ray says of dead workers is no output of ours"
     assert signal.getsignal(signal.SIGTERM) == handler
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while any(map(alive, descendants(os.getpid()) - before)) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not any(map(alive, descendants(os.getpid()) - before))
@@ -298,6 +298,7 @@ def test_a_killed_driver_takes_its_cluster_along_and_the_next_one_goes_on(tmp_pa
         )
         assert len(new) == 40 - kept and [row.status for row in rows] == ["done"] * 40
         assert store._db.execute("SELECT count(*), count(DISTINCT key) FROM rows").fetchone() == (40, 40)
+    deadline = time.monotonic() + 240
     while any(map(alive, cluster)) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not any(map(alive, cluster)), "nothing of the cluster is left"
