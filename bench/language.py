@@ -4,8 +4,8 @@
     DECAYCAST_DATA=<data folder> python bench/language.py --no-training   # the table from the rows there are
 
 A decoder-only transformer of 1.3 million parameters on the characters of tiny Shakespeare, AdamW, under a cosine and under a
-warmup-stable-decay learning rate. It sees a twentieth of the text a dozen times, so that it can overfit; where a text is read once
-there is next to nothing for weight decay to do. Everything is judged by the loss at the end of the run, in nats per character.
+warmup-stable-decay learning rate. It sees a twentieth of the text a dozen times, so that it can overfit; where a text is read
+once there is next to nothing for weight decay to do. All is judged by the loss at the end of the run, in nats per character.
 """
 
 from __future__ import annotations

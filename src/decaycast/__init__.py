@@ -55,6 +55,5 @@ def __getattr__(name: str) -> Any:
     if name == "KernelSelfDistillation":
         from decaycast.methods.self_distill.estimator import KernelSelfDistillation
 
-        globals()[name] = KernelSelfDistillation  # found without this function from now on
-        return KernelSelfDistillation
+        return globals().setdefault(name, KernelSelfDistillation)  # found without this function from now on
     raise AttributeError(f"module 'decaycast' has no attribute {name!r}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from typing import Any
 
 from decaycast.adapters import require
@@ -15,15 +16,15 @@ from accelerate.optimizer import AcceleratedOptimizer  # noqa: E402  # pyright: 
 from transformers.trainer_callback import ExportableState, TrainerCallback  # noqa: E402  # pyright: ignore[reportMissingImports]
 
 
-class Stateful(TrainerCallback, ExportableState):
+class Stateful(TrainerCallback, ExportableState, ABC):
     """A callback around something with ``state_dict`` that is built when training begins, and restored at once."""
 
     held: Any = None
     arguments: dict[str, Any]
 
+    @abstractmethod
     def build(self, state: Any, optimizer: Any, scheduler: Any) -> Any:
         """What is held during training; `optimizer` is prepared, and its own state is restored already."""
-        raise NotImplementedError
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Build, then restore: no update is made with a constructor's value."""

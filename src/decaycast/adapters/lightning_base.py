@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -19,16 +20,16 @@ else:
     from pytorch_lightning import Callback  # pyright: ignore[reportMissingImports]
 
 
-class Stateful(Callback):  # pyright: ignore[reportGeneralTypeIssues]  # one of two classes, by what is installed
+class Stateful(Callback, ABC):  # pyright: ignore[reportGeneralTypeIssues]  # one of two classes, by what is installed
     """A callback around something with ``state_dict`` that is built when training starts; a restored state waits until then."""
 
     def __init__(self) -> None:
         self.held: Any = None
         self.restored: dict[str, Any] = {}
 
+    @abstractmethod
     def build(self, trainer: Any, module: Any, optimizer: torch.optim.Optimizer) -> Any:
         """What is held during training; the optimiser's own state is restored already."""
-        raise NotImplementedError
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Build, then restore: no update is made with a constructor's value."""

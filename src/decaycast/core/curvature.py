@@ -23,6 +23,7 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
@@ -182,15 +183,15 @@ class Curvature:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Graph:
+class _Graph(ABC):
     leaves: list[Tensor]
     count: int  # samples
 
-    def gradient(self) -> list[Tensor]:
-        raise NotImplementedError
+    @abstractmethod
+    def gradient(self) -> list[Tensor]: ...
 
-    def products(self, vectors: list[Tensor], batched: bool) -> Sequence[Tensor]:
-        raise NotImplementedError
+    @abstractmethod
+    def products(self, vectors: list[Tensor], batched: bool) -> Sequence[Tensor]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,6 +219,7 @@ class _GaussNewton(_Graph):
 
     @classmethod
     def of(cls, output: Any, target: Any, loss_fn: Loss, leaves: list[Tensor], count: int) -> _GaussNewton:
+        """From what a model returned; `loss_fn` is taken at its outputs alone."""
         scores = output if isinstance(output, Tensor) else getattr(output, "logits", None)
         if not isinstance(scores, Tensor):
             raise ValueError(

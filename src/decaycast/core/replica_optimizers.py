@@ -8,6 +8,7 @@ that follows.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ _REFUSED = ("amsgrad", "maximize", "differentiable")
 Scales = Mapping[str, Tensor]
 
 
-class StackedOptimizer:
+class StackedOptimizer(ABC):
     """What SGD and AdamW share; `stacked` makes the right one."""
 
     def __init__(self, groups: Sequence[Mapping[str, Any]]) -> None:
@@ -69,14 +70,14 @@ class StackedOptimizer:
             packed = torch.tensor(list(numbers.values()), dtype=torch.float64).to(like.dtype)
             self._scales = dict(zip(numbers, packed.to(like.device, non_blocking=True).unbind(), strict=True))
 
-    def _begin(self) -> None:
+    def _begin(self) -> None:  # noqa: B027  # only an optimiser that counts its steps has something to do
         """Called once per step."""
 
-    def _numbers(self, lr: list[float], weight_decay: list[float]) -> dict[str, list[float]]:
-        raise NotImplementedError
+    @abstractmethod
+    def _numbers(self, lr: list[float], weight_decay: list[float]) -> dict[str, list[float]]: ...
 
-    def _update(self, weight: Tensor, grad: Tensor, buffers: dict[str, Tensor], scales: Scales) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _update(self, weight: Tensor, grad: Tensor, buffers: dict[str, Tensor], scales: Scales) -> None: ...
 
 
 class StackedSGD(StackedOptimizer):
@@ -121,7 +122,7 @@ class StackedAdamW(StackedOptimizer):
 
     count = 0
 
-    def _begin(self) -> None:
+    def _begin(self) -> None:  # noqa: B027  # only an optimiser that counts its steps has something to do
         self.count += 1
 
     def _numbers(self, lr: list[float], weight_decay: list[float]) -> dict[str, list[float]]:

@@ -175,6 +175,7 @@ def _vmapped(owner: Replicas, module: nn.Module) -> Layer:
         return functional_call(module, state, (x,))
 
     def run(x: Tensor) -> Tensor:
+        """All replicas of `module` on their own inputs."""
         state = {local: owner.state[name] for local, name in names.items()}
         try:
             return vmap(one, in_dims=(0, 0), randomness="error")(state, x) if state else vmap(module)(x)
@@ -194,6 +195,7 @@ def _each(owner: Replicas, modules: Sequence[nn.Module]) -> Layer:
     names = _names(owner, modules[0])
 
     def run(x: Tensor) -> Tensor:
+        """All replicas of `module` on their own inputs."""
         state = {local: owner.state[name].unbind() for local, name in names.items()}
         calls = enumerate(zip(modules, x.unbind(), strict=True))
         return torch.stack(

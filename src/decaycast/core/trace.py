@@ -327,6 +327,7 @@ class _Probes:
         return max(self.count + 1, math.ceil(variance / allowed)) if variance < 1e9 * allowed else 10**9
 
     def result(self, spent: int) -> TraceEstimate:
+        """What is known after `spent` products."""
         count, variance = self.count, self.variance()
         stderr = math.sqrt(variance / count)
         # Satterthwaite's degrees of freedom of the variance, which is a mean over probes of their squared lengths

@@ -16,6 +16,7 @@ Source: Damian, Ma & Lee 2021, "Label noise SGD provably prefers flat global min
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -36,7 +37,7 @@ KINDS = ("rademacher", "gaussian")
 _AT_ONCE = 2**12  # numbers drawn at a time: for a small batch each torch call costs more than what it computes
 
 
-class _Noise(Hook):
+class _Noise(Hook, ABC):
     """What both kinds share: the stream of random numbers with its state, and the way into a batch."""
 
     def __init__(self, generator: torch.Generator | None) -> None:
@@ -48,9 +49,9 @@ class _Noise(Hook):
         self._calls = 0
         self._drawn: tuple[Any, tuple[Tensor, ...]] = (None, ())
 
+    @abstractmethod
     def __call__(self, targets: Tensor) -> Tensor:
         """The targets with fresh noise."""
-        raise NotImplementedError
 
     def on_batch(self, step: int, batch: Any) -> Any:
         """A new batch with noisy targets: a pair (inputs, targets), or a mapping with the targets under "labels".
