@@ -122,7 +122,7 @@ class StackedAdamW(StackedOptimizer):
 
     count = 0
 
-    def _begin(self) -> None:  # noqa: B027  # only an optimiser that counts its steps has something to do
+    def _begin(self) -> None:
         self.count += 1
 
     def _numbers(self, lr: list[float], weight_decay: list[float]) -> dict[str, list[float]]:
