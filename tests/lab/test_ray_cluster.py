@@ -6,6 +6,8 @@ The tests marked slow start a cluster of this machine and end it.
 from __future__ import annotations
 
 import importlib.metadata
+import io
+import logging
 import os
 import random
 import signal
@@ -196,6 +198,19 @@ def test_a_worker_with_other_versions_refuses(monkeypatch):
     assert ray_cluster._work(behave, {"does": "work"}, 3, mine).final["seed"] == 3
     assert ray_cluster._work(behave, {"does": "raise"}, 3, mine).reason == "ZeroDivisionError: loss over nothing"
     assert ray_cluster._work(behave, {"does": "hold a lambda"}, 3, mine).reason.startswith("its row cannot be sent: ")
+
+
+def test_what_ray_prints_goes_to_the_log_and_nothing_else_does(caplog):
+    caplog.set_level(logging.INFO, ray_cluster.__name__)
+    kept = io.StringIO()
+    stream = ray_cluster._WithoutRay(kept)
+    thread = threading.Thread(target=stream.write, args=("a worker died\n",), name="ray_listen_error_messages")
+    thread.start()
+    thread.join()
+    stream.write("a row\n")
+    stream.ending = threading.get_ident()
+    stream.write("another worker died\n")
+    assert kept.getvalue() == "a row\n" and caplog.messages == ["a worker died", "another worker died"]
 
 
 @with_ray

@@ -106,11 +106,13 @@ def _connected(ray: Any, address: str | None, workers: int | None, connect_secon
         yield
         return
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
-    with _as_it_was(), redirect_stdout(cast(TextIO, _WithoutRay(sys.stdout))):
+    stream = _WithoutRay(sys.stdout)
+    with _as_it_was(), redirect_stdout(cast(TextIO, stream)):
         _join(ray, address, workers, connect_seconds, quiet)
         try:
             yield
         finally:
+            stream.ending = threading.get_ident()  # what is left is printed by the thread that ends the cluster
             ray.shutdown()
 
 
@@ -140,16 +142,19 @@ def _as_it_was() -> Iterator[None]:
 
 
 class _WithoutRay:
-    """Standard output, except for what a thread of Ray prints of every worker that died: that goes to the log."""
+    """Standard output, except for what Ray prints of every worker that died: that goes to the log."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
+        self.ending: int | None = None
+        """The thread that is in Ray's shutdown."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        if threading.current_thread().name.startswith("ray_"):
+        thread = threading.current_thread()
+        if thread.name.startswith("ray_") or thread.ident == self.ending:
             _log.info("%s", text.rstrip())
             return len(text)
         return self._stream.write(text)
