@@ -189,6 +189,46 @@ def test_a_resumed_run_is_the_uninterrupted_one(name: str, saves_state: bool, lo
     assert len({max(row) for row in rest}) > 1  # the weight decay moved after the interruption, too
 
 
+@pytest.mark.parametrize("name", ["schedule", "autol2"])
+def test_accumulated_micro_batches_are_one_update(name: str):
+    """timm's loop calls `step_update` after an update, not after each of the micro-batches that make it."""
+    whole, parts = network(), network()
+    decays = []
+    for model, pieces in ((whole, 1), (parts, 4)):
+        optimizer = make_optimizer(model, layer_decay=None)
+        ours = MAKERS[name](optimizer)
+        for update in range(UPDATES):
+            inputs, labels = IMAGES[update % 4 * 16 :][:16], LABELS[update % 4 * 16 :][:16]
+            optimizer.zero_grad()
+            losses = [
+                functional.cross_entropy(model(part), wanted) / pieces
+                for part, wanted in zip(inputs.chunk(pieces), labels.chunk(pieces))
+            ]
+            torch.stack(losses).sum().backward()
+            optimizer.step()
+            ours.step_update(update + 1, sum(loss.item() for loss in losses))
+            decays.append(max(ours.get_last_wd()))
+    assert decays[:UPDATES] == decays[UPDATES:]
+    assert len(set(decays)) > 1
+    for one, other in zip(whole.parameters(), parts.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-4)  # float32, and Adam divides by small numbers
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["schedule", "autol2"])
+def test_a_compiled_model_trains_alike_and_is_compiled_once(name: str):
+    model, twin = network(), network()
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        optimizer = make_optimizer(model)
+        used = train(torch.compile(model, backend="eager"), optimizer, MAKERS[name](optimizer))
+    torch._dynamo.reset()
+    other = make_optimizer(twin)
+    assert used == train(twin, other, MAKERS[name](other))
+    assert len({max(row) for row in used}) > 1
+    assert_same(model, twin)
+
+
 # AutoL2
 
 
