@@ -26,9 +26,9 @@ from decaycast.core.schedule import LR_NAMES
 from decaycast.lab import data as datasets
 from decaycast.lab.audit import Decaying, Report, audit_facts, parameter_table
 from decaycast.lab.forecasting import Request, Result, find_weight_decay, recipe_config
-from decaycast.lab.recipes import Facts, read_config, with_options
+from decaycast.lab.recipes.recipe import Facts, read_config, with_options
+from decaycast.lab.recipes.rules import Plan
 from decaycast.lab.resume import Keeper
-from decaycast.lab.rules import Plan
 from decaycast.lab.store import Store
 from decaycast.lab.trial import OPTIMIZERS, RULES, make_optimizer, train_run
 from decaycast.methods.l2.forecast import PRIOR_EFOLDS

@@ -16,9 +16,9 @@ from rich.progress import Progress, TextColumn
 
 from decaycast.core.experiment import Row, Run
 from decaycast.lab.compare import compare
-from decaycast.lab.compare_arms import ARMS
-from decaycast.lab.compare_found import Comparison
-from decaycast.lab.compare_page import write_comparison_page
+from decaycast.lab.comparison.arms import ARMS
+from decaycast.lab.comparison.found import Comparison
+from decaycast.lab.comparison.page import write_comparison_page
 from decaycast.lab.execute import in_process, processes
 from decaycast.lab.shortcuts import read_npz
 from decaycast.lab.sweeps import seeds as read_seeds

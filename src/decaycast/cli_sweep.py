@@ -23,11 +23,11 @@ from decaycast.core.experiment import Row, Run, Scalar, jsonable
 from decaycast.core.names import choose
 from decaycast.lab.execute import Execute
 from decaycast.lab.figures import export_rows
+from decaycast.lab.pages.sweep import write_sweep_page
 from decaycast.lab.promising import Choice, choose_runs, forecasts_for, train_forecast
 from decaycast.lab.provenance import provenance
 from decaycast.lab.store import Store
 from decaycast.lab.sweep import sweep, train_missing
-from decaycast.lab.sweep_page import write_sweep_page
 from decaycast.lab.sweeps import Cell, Plan, Price, axis, full_runs, keep_rows, price_runs, seeds, summarise
 from decaycast.lab.table import FORMATS, Table
 from decaycast.lab.trial import DEFAULTS, train_run

@@ -12,8 +12,8 @@ from torch import nn
 from decaycast.core.timescale import efolds
 from decaycast.lab.audit import MOST_STEPS, Report, audit, audit_facts, parameter_table
 from decaycast.lab.models import build
-from decaycast.lab.recipes import Facts, with_options
-from decaycast.lab.rules import Plan, Said, disagreements, rules
+from decaycast.lab.recipes.recipe import Facts, with_options
+from decaycast.lab.recipes.rules import Plan, Said, disagreements, rules
 from decaycast.methods.l2.forecast import PRIOR_EFOLDS
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.lab.compared_models import (
+from tests.lab.comparison.compared_models import (
     INSTANCE,
     MODULE,
     Odd,
@@ -20,8 +20,8 @@ from tests.lab.compared_models import (
 from torch import nn
 
 from decaycast.core.experiment import Row
-from decaycast.lab.compare_arms import misfit, settings_of
-from decaycast.lab.compare_task import task
+from decaycast.lab.comparison.arms import misfit, settings_of
+from decaycast.lab.comparison.task import task
 from decaycast.lab.data import DataError, Split
 from decaycast.lab.execute import processes
 from decaycast.lab.store import Store

@@ -18,14 +18,14 @@ from html.parser import HTMLParser
 from urllib.parse import unquote
 
 import pytest
-from tests.lab import page_samples as samples
+from tests.lab.pages import page_samples as samples
 
 from decaycast.core.experiment import Panel, Row, Trace
-from decaycast.lab import plots, thinning
 from decaycast.lab.figures import figures
 from decaycast.lab.findings import Finding, assess
-from decaycast.lab.index_page import paper_of, papers
-from decaycast.lab.page import ReportError
+from decaycast.lab.pages import plots, thinning
+from decaycast.lab.pages.index import paper_of, papers
+from decaycast.lab.pages.page import ReportError
 from decaycast.lab.report import write_figure_page, write_forecast_page, write_report
 from decaycast.lab.store import Store
 
@@ -426,9 +426,9 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path, place):
 )
 def test_a_missing_extra_names_the_pip_command(monkeypatch, missing, module, told):
     monkeypatch.setitem(sys.modules, missing, None)
-    monkeypatch.delitem(sys.modules, f"decaycast.lab.{module}")
+    monkeypatch.delitem(sys.modules, f"decaycast.lab.pages.{module}")
     with pytest.raises(ImportError, match=rf"{told}: pip install 'decaycast\[lab\]'"):
-        importlib.import_module(f"decaycast.lab.{module}")
+        importlib.import_module(f"decaycast.lab.pages.{module}")
 
 
 def test_rows_without_provenance_are_fine(tmp_path):

@@ -11,8 +11,8 @@ from torch import nn
 
 from decaycast.core.schedule import whole
 from decaycast.core.timescale import LearningRate, efolds
-from decaycast.lab.recipes import Facts
-from decaycast.lab.rules import Plan, Said, disagreements, rules, usual_weight_decay
+from decaycast.lab.recipes.recipe import Facts
+from decaycast.lab.recipes.rules import Plan, Said, disagreements, rules, usual_weight_decay
 from decaycast.methods.l2 import transfer
 
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)

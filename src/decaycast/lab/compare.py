@@ -1,7 +1,7 @@
 """Which regulariser for this model and these data? Every arm with the same budget, over the same seeds, judged in pairs.
 
 The path: `compare` checks what it was given, plans one run per arm and seed, trains those that a store lacks
-(`decaycast.lab.compare_train`), and sums up (`decaycast.lab.compare_found`). Nothing is selected: settings are fixed
+(`decaycast.lab.comparison.train`), and sums up (`decaycast.lab.comparison.found`). Nothing is selected: settings are fixed
 beforehand, and test data are read once, at the end of each run. Validation data are measured and shown; only the arm "forecast"
 uses them.
 """
@@ -20,10 +20,10 @@ from typing import Any
 from decaycast.core.experiment import Run, Scalar
 from decaycast.core.names import choose
 from decaycast.core.schedule import LR_NAMES, whole
-from decaycast.lab.compare_arms import NONE, chosen, misfit, settings_of
-from decaycast.lab.compare_found import METRICS, Comparison, assess
-from decaycast.lab.compare_task import Model, Task, task
-from decaycast.lab.compare_train import train_arm
+from decaycast.lab.comparison.arms import NONE, chosen, misfit, settings_of
+from decaycast.lab.comparison.found import METRICS, Comparison, assess
+from decaycast.lab.comparison.task import Model, Task, task
+from decaycast.lab.comparison.train import train_arm
 from decaycast.lab.execute import Execute, OnRow, in_process
 from decaycast.lab.store import Store
 from decaycast.lab.sweep import sweep
@@ -68,7 +68,7 @@ def compare(
             ``package.module:function``, or a network of `decaycast.lab.models` such as "cnn-bn-16".
         data: a data set's name; a pair (X, y) of arrays or tensors, split 60/20/20 by a fixed permutation; or a
             `decaycast.lab.data.Split`. y holds classes from 0.
-        arms: names of `decaycast.lab.compare_arms.ARMS`, or a mapping of names to settings that replace the defaults, as in
+        arms: names of `decaycast.lab.comparison.arms.ARMS`, or a mapping of names to settings that replace the defaults, as in
             ``{"sam": {"rho": 0.1}}``. None for all usual ones that fit the model; the others are named in the result.
         budget_steps: gradients of one batch that each arm may spend, >= 20. SAM makes half as many steps, self-distillation
             shares them between teacher and student.

@@ -1,6 +1,6 @@
 """The pages of forecasts, probes and figures, and the report of several figures. Nothing here trains.
 
-What all pages share, and why each needs nothing else, stands in `decaycast.lab.page`; templates are in its folder.
+What all pages share, and why each needs nothing else, stands in `decaycast.lab.pages.page`; templates are in its folder.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from decaycast.core.experiment import Figure, Panel, Row, Scalar, Size
-from decaycast.lab import plots
 from decaycast.lab.figures import by_key
 from decaycast.lab.findings import Finding, assess
-from decaycast.lab.index_page import SIZE_NOTES, write_index_page
-from decaycast.lab.listing import runs_listing
-from decaycast.lab.page import OUTCOMES, merged_provenance, setting, write_page
-from decaycast.lab.plots import Key, pretty
+from decaycast.lab.pages import plots
+from decaycast.lab.pages.index import SIZE_NOTES, write_index_page
+from decaycast.lab.pages.listing import runs_listing
+from decaycast.lab.pages.page import OUTCOMES, merged_provenance, setting, write_page
+from decaycast.lab.pages.plots import Key, pretty
 from decaycast.lab.table import Table
 
 if TYPE_CHECKING:

@@ -13,9 +13,9 @@ import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, PolynomialLR, SequentialLR
 
 from decaycast.core.timescale import efolds
-from decaycast.lab import conventions, lr_shapes
-from decaycast.lab.config_files import MOST_BYTES, flat_yaml
-from decaycast.lab.recipes import Facts, read_config, with_options
+from decaycast.lab.recipes import conventions, lr_shapes
+from decaycast.lab.recipes.config_files import MOST_BYTES, flat_yaml
+from decaycast.lab.recipes.recipe import Facts, read_config, with_options
 
 TRAINER = {
     "learning_rate": 6e-4,

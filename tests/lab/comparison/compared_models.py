@@ -11,10 +11,10 @@ from torch import nn
 
 from decaycast.core.experiment import Row, Run
 from decaycast.lab.compare import compare
-from decaycast.lab.compare_arms import ARMS
-from decaycast.lab.compare_found import Comparison, assess
+from decaycast.lab.comparison.arms import ARMS
+from decaycast.lab.comparison.found import Comparison, assess
 
-MODULE = "tests.lab.compared_models"
+MODULE = "tests.lab.comparison.compared_models"
 
 
 def plain() -> nn.Sequential:

@@ -17,8 +17,8 @@ import numpy as np
 
 from decaycast.core.names import choose
 from decaycast.core.schedule import LR_NAMES, lr_by_name, whole
-from decaycast.lab import conventions, lr_shapes
-from decaycast.lab.config_files import NUMBER, Config, load
+from decaycast.lab.recipes import conventions, lr_shapes
+from decaycast.lab.recipes.config_files import NUMBER, Config, load
 from decaycast.lab.trial import OPTIMIZERS
 
 HUGGING_FACE_KEYS = ("learning_rate", "per_device_train_batch_size", "lr_scheduler_type", "num_train_epochs", "optim")

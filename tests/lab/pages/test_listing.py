@@ -6,8 +6,8 @@ import json
 import math
 
 from decaycast.core.experiment import Row, Run
-from decaycast.lab import listing
-from decaycast.lab.listing import cell, differing, groups_listing, runs_listing, seconds_text
+from decaycast.lab.pages import listing
+from decaycast.lab.pages.listing import cell, differing, groups_listing, runs_listing, seconds_text
 
 
 def rows(count: int, **config: object) -> list[Row]:

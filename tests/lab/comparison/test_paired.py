@@ -7,13 +7,13 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.lab.compared_models import (
+from tests.lab.comparison.compared_models import (
     found,
     plus,
 )
 
 from decaycast.core.seeds import interval
-from decaycast.lab.paired import holm, mean_gain, p_value, t_beyond, t_quantile
+from decaycast.lab.comparison.paired import holm, mean_gain, p_value, t_beyond, t_quantile
 
 
 def test_students_t_by_another_route():

@@ -2,9 +2,9 @@
 
 Conventions. A *gain* is an improvement on the baseline of the same seed: accuracy minus the baseline's, or the baseline's loss
 minus the arm's, so that above 0 is better. Intervals are those of each arm by itself. Whether an arm is called better or worse
-is decided by the t test with Holm's correction at 5 % over all arms compared (`decaycast.lab.paired`). Accuracy is counted in
-whole samples, so a spread below one sample is taken as one. Both are about seeds on these test samples; other samples would add
-their own variation.
+is decided by the t test with Holm's correction at 5 % over all arms compared (`decaycast.lab.comparison.paired`). Accuracy is
+counted in whole samples, so a spread below one sample is taken as one. Both are about seeds on these test samples; other samples
+would add their own variation.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any, ClassVar, Literal
 
 from decaycast.core.experiment import Row, Scalar, jsonable
 from decaycast.core.seeds import Interval
-from decaycast.lab.compare_arms import ARMS
-from decaycast.lab.paired import LEVEL, holm, mean_gain, p_value, t_quantile
+from decaycast.lab.comparison.arms import ARMS
+from decaycast.lab.comparison.paired import LEVEL, holm, mean_gain, p_value, t_quantile
 
 METRICS = ("accuracy", "loss")
 Outcome = Literal["better", "no difference", "none better", "no verdict"]
@@ -32,7 +32,7 @@ class ArmFound:
     Attributes:
         name: of the arm.
         title: the arm with its settings, in words.
-        finals: by seed the last numbers of each finished run (`decaycast.lab.compare_train.train_arm`).
+        finals: by seed the last numbers of each finished run (`decaycast.lab.comparison.train.train_arm`).
         failed: by seed why a run did not come to its end.
         gains: by seed, where arm and baseline have both finished; empty for the baseline.
         least_spread: the least standard deviation of gains that is believed.

@@ -26,9 +26,9 @@ from decaycast.core.schedule import lr_by_name, step_decay
 from decaycast.core.timescale import group_rate
 from decaycast.core.train import DivergedError, train
 from decaycast.lab import data
-from decaycast.lab.compare_task import Task
+from decaycast.lab.comparison.sharpness import GRADIENTS_PER_STEP, SharpnessAware
+from decaycast.lab.comparison.task import Task
 from decaycast.lab.provenance import provenance
-from decaycast.lab.sharpness import GRADIENTS_PER_STEP, SharpnessAware
 from decaycast.lab.trial import make_optimizer
 from decaycast.methods.l2.autol2 import AutoL2Hook
 from decaycast.methods.l2.forecast import forecast

@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tests.lab import page_samples as samples
-from tests.lab.page_browser import MARKS, chromium, look
+from tests.lab.pages import page_samples as samples
+from tests.lab.pages.page_browser import MARKS, chromium, look
 
 from decaycast.lab.report import write_figure_page, write_forecast_page
 

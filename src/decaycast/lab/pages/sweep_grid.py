@@ -11,8 +11,8 @@ from typing import Any, TypeGuard
 import numpy as np
 
 from decaycast.core.experiment import Row, Scalar
-from decaycast.lab.listing import cell
-from decaycast.lab.plots import pretty
+from decaycast.lab.pages.listing import cell
+from decaycast.lab.pages.plots import pretty
 from decaycast.lab.table import Table
 from decaycast.lab.trial import DEFAULTS
 

@@ -14,9 +14,9 @@ import numpy as np
 
 from decaycast.core.experiment import Row, Run, Scalar, Size
 from decaycast.lab.findings import Finding
-from decaycast.lab.listing import MOST_ROWS, groups_listing
-from decaycast.lab.page import OUTCOMES, write_page
-from decaycast.lab.sweep_grid import HEAD
+from decaycast.lab.pages.listing import MOST_ROWS, groups_listing
+from decaycast.lab.pages.page import OUTCOMES, write_page
+from decaycast.lab.pages.sweep_grid import HEAD
 from decaycast.lab.table import Table
 from decaycast.lab.trial import DEFAULTS
 

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from decaycast.core.experiment import Panel, Trace
-from decaycast.lab.plots import Plot, base_figure, panel_plot
-from decaycast.lab.sweep_grid import Axis, Grid, Setting
-from decaycast.lab.thinning import thin
+from decaycast.lab.pages.plots import Plot, base_figure, panel_plot
+from decaycast.lab.pages.sweep_grid import Axis, Grid, Setting
+from decaycast.lab.pages.thinning import thin
 
 MOST_FIELDS = 40_000  # of a map and all its views
 MOST_RUNS = 100_000  # of the plot of every run and its table: more would not fit into the page

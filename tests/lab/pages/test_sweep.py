@@ -8,14 +8,15 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from tests.lab import page_samples as samples
+from tests.lab.pages import page_samples as samples
 from tests.lab.test_report import Page, assert_loads_nothing
 
 from decaycast.core.experiment import Row, Run
-from decaycast.lab import sweep_page, sweep_plots
+from decaycast.lab.pages import sweep as sweep_page
+from decaycast.lab.pages import sweep_plots
+from decaycast.lab.pages.sweep import write_sweep_page
+from decaycast.lab.pages.sweep_grid import Grid, table_of
 from decaycast.lab.store import Store
-from decaycast.lab.sweep_grid import Grid, table_of
-from decaycast.lab.sweep_page import write_sweep_page
 
 ROWS = samples.sweep_rows()
 AXES = ("lr", "weight_decay", "optimizer")

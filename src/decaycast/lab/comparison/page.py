@@ -12,10 +12,10 @@ import numpy as np
 
 from decaycast.core.experiment import Panel, Row, Trace
 from decaycast.core.seeds import mean_trace
-from decaycast.lab import plots
-from decaycast.lab.compare_found import ArmFound, Comparison
-from decaycast.lab.page import merged_provenance, setting, write_page
-from decaycast.lab.plots import Plot
+from decaycast.lab.comparison.found import ArmFound, Comparison
+from decaycast.lab.pages import plots
+from decaycast.lab.pages.page import merged_provenance, setting, write_page
+from decaycast.lab.pages.plots import Plot
 
 TONES = {"better": "good", "none better": "bad", "no difference": "middling", "no verdict": "middling"}
 MARKS = {

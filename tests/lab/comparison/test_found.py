@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.lab.compared_models import (
+from tests.lab.comparison.compared_models import (
     BASE,
     CLEAR,
     FAINT,
@@ -21,10 +21,10 @@ from tests.lab.compared_models import (
 
 from decaycast.core.experiment import Row
 from decaycast.lab import data
-from decaycast.lab.compare_arms import ARMS
-from decaycast.lab.compare_found import assess
-from decaycast.lab.compare_page import comparison_plots, write_comparison_page
-from decaycast.lab.paired import p_value, t_quantile
+from decaycast.lab.comparison.arms import ARMS
+from decaycast.lab.comparison.found import assess
+from decaycast.lab.comparison.page import comparison_plots, write_comparison_page
+from decaycast.lab.comparison.paired import p_value, t_quantile
 from decaycast.lab.store import load_export
 
 
@@ -155,7 +155,7 @@ def test_a_forecasts_curve_ends_where_its_seeds_do_on_average():
     assert [row[1] for row in curve.rows] == [6.0, 9.0]
 
 
-DOCS = Path(__file__).resolve().parents[2] / "docs"
+DOCS = Path(__file__).resolve().parents[3] / "docs"
 
 
 def test_the_tables_of_the_card_are_what_its_rows_give():

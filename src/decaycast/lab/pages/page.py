@@ -99,4 +99,4 @@ def merged_provenance(rows: Sequence[Row]) -> dict[str, str]:
 
 
 def _source(name: str) -> str:
-    return resources.files("decaycast.lab").joinpath(TEMPLATES, name).read_text(encoding="utf-8")
+    return resources.files("decaycast.lab.pages").joinpath(TEMPLATES, name).read_text(encoding="utf-8")

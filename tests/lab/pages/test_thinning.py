@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as some
 
-from decaycast.lab.thinning import thin, thin_line, thin_points
+from decaycast.lab.pages.thinning import thin, thin_line, thin_points
 
 VALUES = some.lists(some.one_of(some.just(math.nan), some.floats(-1e6, 1e6)), max_size=400)
 

@@ -26,7 +26,7 @@ except ImportError as error:
     raise ImportError("the page's plots are drawn with plotly: pip install 'decaycast[lab]'") from error
 
 from decaycast.core.experiment import Panel, Trace
-from decaycast.lab.thinning import thin, thin_trace
+from decaycast.lab.pages.thinning import thin, thin_trace
 
 if TYPE_CHECKING:
     from decaycast.lab.verify import Verification

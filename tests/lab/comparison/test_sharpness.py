@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as functional
-from tests.lab.compared_models import (
+from tests.lab.comparison.compared_models import (
     blobs,
     plain,
 )
@@ -13,7 +13,7 @@ from torch import nn
 
 from decaycast.core.train import train
 from decaycast.lab import data
-from decaycast.lab.sharpness import SharpnessAware
+from decaycast.lab.comparison.sharpness import SharpnessAware
 
 
 def quadratic(model: nn.Module, matrix: torch.Tensor) -> torch.Tensor:

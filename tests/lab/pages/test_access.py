@@ -14,10 +14,10 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from tests.lab import page_samples as samples
-from tests.lab.page_browser import LISTEN, MARKS, chromium, look
+from tests.lab.pages import page_samples as samples
+from tests.lab.pages.page_browser import LISTEN, MARKS, chromium, look
 
-from decaycast.lab.sweep_page import write_sweep_page
+from decaycast.lab.pages.sweep import write_sweep_page
 
 pytestmark = MARKS
 AXE = os.environ.get("DECAYCAST_AXE", "")

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 
 from decaycast.core.experiment import Row, Scalar
-from decaycast.lab.listing import MOST_ROWS, STATUS_TONES, Column, Listing, cell, seconds_text
-from decaycast.lab.page import merged_provenance, setting, write_page
-from decaycast.lab.plots import pretty
-from decaycast.lab.sweep_grid import Grid, table_of
-from decaycast.lab.sweep_plots import sweep_plots
+from decaycast.lab.pages.listing import MOST_ROWS, STATUS_TONES, Column, Listing, cell, seconds_text
+from decaycast.lab.pages.page import merged_provenance, setting, write_page
+from decaycast.lab.pages.plots import pretty
+from decaycast.lab.pages.sweep_grid import Grid, table_of
+from decaycast.lab.pages.sweep_plots import sweep_plots
 from decaycast.lab.table import Table
 
 TOP = 10

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from decaycast.core.experiment import Panel, Row, Run, Scalar, Trace, Verdict
+from decaycast.lab.pages.sweep import write_sweep_page
 from decaycast.lab.report import write_figure_page, write_forecast_page, write_probe_page, write_report
 from decaycast.lab.shortcuts import probe_panels
-from decaycast.lab.sweep_page import write_sweep_page
 from decaycast.methods.l2.forecast import Arm, Forecast
 from decaycast.methods.large_lr.probe_report import Arm as ProbeArm
 from decaycast.methods.large_lr.probe_report import ProbeReport

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as functional
-from tests.lab.compared_models import (
+from tests.lab.comparison.compared_models import (
     blobs,
     normed,
 )
@@ -20,11 +20,12 @@ from decaycast.core.experiment import Row, Run
 from decaycast.core.measure import evaluate, measuring_steps
 from decaycast.core.schedule import lr_by_name, step_decay
 from decaycast.core.train import train
-from decaycast.lab import compare_train, data
+from decaycast.lab import data
 from decaycast.lab.compare import POINTS
-from decaycast.lab.compare_arms import settings_of
-from decaycast.lab.compare_task import Task, task
-from decaycast.lab.compare_train import STUDENT, train_arm
+from decaycast.lab.comparison import train as compare_train
+from decaycast.lab.comparison.arms import settings_of
+from decaycast.lab.comparison.task import Task, task
+from decaycast.lab.comparison.train import STUDENT, train_arm
 from decaycast.lab.trial import Trial
 from decaycast.methods.label_noise.method import LabelNoise
 from decaycast.methods.large_lr.insert import insert_activation_noise

@@ -1,0 +1,1 @@
+"""What `decaycast.lab.compare` is made of: arms, their training, and what can be said of them."""
