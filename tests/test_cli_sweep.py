@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from tests.commands import Command, command
+from tests.lab.clusters import require_cluster
 
 from decaycast import cli, cli_sweep
 from decaycast.core.experiment import Row, Run
@@ -226,10 +227,11 @@ def _count(store: Path) -> int:
 @pytest.mark.parametrize("place", ["processes", "replicas", "ray"])
 def test_every_place_trains_the_same_grid(decaycast, tmp_path: Path, place: str):
     if place == "ray":
-        pytest.importorskip("ray")
+        require_cluster()
     here = decaycast(*GRID, "--on", "here", "--json")
     there = decaycast(*GRID, "--on", place, "--workers", "2", "--store", "there.sqlite", "--json")
-    assert there.code == 0 and there.err == "", there.err
+    assert there.code == 0, there.err
+    assert there.err == "" or place == "ray"  # Ray may warn of a slow machine; what it says is not in the JSON
     assert [cell["settings"] for cell in there.json["cells"]] == [cell["settings"] for cell in here.json["cells"]]
     for one, other in zip(here.json["cells"], there.json["cells"]):
         assert other["done"] == 2 and other["mean"] == pytest.approx(one["mean"], rel=1e-4)

@@ -20,6 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from tests.lab.clusters import require_cluster
 from tests.lab.killing import alive, children
 
 from decaycast.core.experiment import Row, Run
@@ -40,6 +41,11 @@ def has_ray() -> bool:
 
 
 with_ray = pytest.mark.skipif(not has_ray(), reason="Ray is not installed (the extra 'ray')")
+
+
+@pytest.fixture
+def cluster() -> None:
+    require_cluster()
 
 
 def behave(run: Run) -> Row:
@@ -225,6 +231,7 @@ def test_no_runs_start_no_cluster():
 
 @with_ray
 @pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
 def test_every_run_ends_in_one_row_and_the_cluster_ends(capfd):
     before, handler = descendants(os.getpid()), signal.getsignal(signal.SIGTERM)
     rows: list[Row] = []
@@ -246,6 +253,7 @@ def test_every_run_ends_in_one_row_and_the_cluster_ends(capfd):
 
 @with_ray
 @pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
 def test_other_versions_on_the_workers_end_it_with_the_reason(monkeypatch):
     monkeypatch.setattr(ray_cluster, "_versions", lambda: {"decaycast": "0.0.1", "torch": "1.0"})
     with pytest.raises(
@@ -256,6 +264,7 @@ def test_other_versions_on_the_workers_end_it_with_the_reason(monkeypatch):
 
 @with_ray
 @pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
 def test_200_runs_with_a_worker_killed_every_few_seconds(tmp_path):
     runs, killed, over = runs_of(*["sleep"] * 200, seconds=0.1), [], threading.Event()
     new: list[Row] = []
@@ -295,6 +304,7 @@ with Store(sys.argv[1]) as store:
 
 @with_ray
 @pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
 def test_a_killed_driver_takes_its_cluster_along_and_the_next_one_goes_on(tmp_path):
     path = tmp_path / "rows.db"
     process = subprocess.Popen([sys.executable, "-c", DRIVER, str(path)], cwd=ROOT, stderr=subprocess.DEVNULL)

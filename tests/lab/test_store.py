@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 import decaycast.lab.store as store_module
 from decaycast.core.experiment import Row, Run
-from decaycast.lab.store import SCHEMA_VERSION, Store, StoreError, load_export
+from decaycast.lab.schema import SCHEMA_VERSION
+from decaycast.lab.store import EXPORT_VERSION, Store, StoreError, load_export
 
 # The bare package stands in for decaycast/__init__.py, which would load torch: seconds that a store does not need.
 WRITER = """
@@ -220,7 +221,7 @@ def make_newer(path: Path) -> None:
         (lambda path: path.write_text("hello"), r"is not a decaycast store \(not a SQLite database\); choose another"),
         (lambda path: path.write_bytes(b"\x80" * 9000), r"is not a decaycast store \(not a SQLite database\)"),
         (make_foreign, "is the database of another program, not a store; choose another path"),
-        (make_newer, "has schema 2 and this decaycast reads up to 1; update decaycast"),
+        (make_newer, "has schema 3 and this decaycast reads up to 2; update decaycast"),
         (make_directory, "cannot open store .*; choose a file in a folder you can write to"),
     ],
 )
@@ -350,7 +351,7 @@ def zipped(*lines: object) -> bytes:
     return gzip.compress("\n".join(json.dumps(line) for line in lines).encode())
 
 
-HEADER = {"decaycast": "rows", "version": SCHEMA_VERSION}
+HEADER = {"decaycast": "rows", "version": EXPORT_VERSION}
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,12 @@ import csv
 import math
 import sqlite3
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.lab.old_stores import add_old_rows, make_old_store
 
 from decaycast.core.experiment import Row, Run
 from decaycast.lab.store import Store
@@ -92,21 +92,11 @@ def test_superseded_failures_are_left_out(tmp_path):
     assert math.isnan(table["test_loss"][0]) and table["test_loss"][1] == 0.5
 
 
-def old_store(path: Path, rows: list[Row]) -> None:
-    """A file as decaycast wrote it before rows were packed."""
-    with Store(path) as store:
-        store.extend(rows)
-    db = sqlite3.connect(path)
-    for statement in ("DROP TABLE packed", "DROP TABLE shapes", "DROP INDEX failed_rows"):
-        db.execute(statement)
-    db.commit()
-    db.close()
-
-
 def test_rows_of_an_older_decaycast_are_in_the_table_and_new_ones_beside_them(tmp_path):
     path = tmp_path / "rows.db"
     rows = [Row(run=Run(config={"lr": 0.1}, seed=seed), final={"test_loss": seed / 3}) for seed in range(3)]
-    old_store(path, [*rows, Row(run=Run(config={"rule": "x"}), status="failed", reason="diverged")])
+    rows.append(Row(run=Run(config={"rule": "x"}), status="failed", reason="diverged"))
+    make_old_store(path, rows, packed=False)
     new = Row(run=Run(config={"lr": "many", "width": 3}), curve={"step": [7.0]})
     with Store(path) as store:
         before = store.table()
@@ -118,13 +108,13 @@ def test_rows_of_an_older_decaycast_are_in_the_table_and_new_ones_beside_them(tm
         np.testing.assert_array_equal(table["width"], [math.nan] * 4 + [3])
         np.testing.assert_array_equal(table["last_step"], [math.nan] * 4 + [7])
         assert [row.run.key for row in store.read()] == table["key"].tolist()
-    db = sqlite3.connect(path)  # an older one writes to the same file again: it knows of no packing
-    db.execute("DELETE FROM packed WHERE id = 2")
+    db = sqlite3.connect(path)  # an older one that had the file open writes again: it knows of no packing
+    add_old_rows(db, [Row(run=Run(config={"lr": 0.1}, seed=3), final={"test_loss": 1.0})])
     db.commit()
     db.close()
     with Store(path) as store:
-        assert store.table()["key"].tolist() == table["key"].tolist()
-        assert store.table()["test_loss"].tolist()[:3] == [0, 1 / 3, 2 / 3]
+        assert store.table()["key"].tolist() == [row.run.key for row in store.read()]
+        np.testing.assert_array_equal(store.table()["test_loss"], [0, 1 / 3, 2 / 3, math.nan, math.nan, 1])
 
 
 def test_extend_stores_all_rows_or_none_and_counts_the_new(tmp_path):
@@ -137,6 +127,15 @@ def test_extend_stores_all_rows_or_none_and_counts_the_new(tmp_path):
         assert len(store.read()) == len(store.table()) == 5
         assert [row.run.seed for row in store.read(newest=2)] == [3, 4]
         assert [row.run.seed for row in store.read({"lr": None}, newest=2)] == [3, 4]
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path):
+    with Store(tmp_path / "rows.db") as store:
+        store.append(Row(run=Run(config={"lr": np.float64(0.5), "nesterov": True}), seconds=2))
+        store.append(Row(run=Run(config={"lr": 0.25, "nesterov": 1}), seconds=2.5))
+        table = store.table()
+    assert table["lr"].tolist() == [0.5, 0.25] and table["seconds"].tolist() == [2, 2.5]
+    assert table["nesterov"].tolist() == [True, 1.0] and table["nesterov"][0] is True
 
 
 def test_packing_is_one_shape_for_rows_that_differ_in_numbers():
