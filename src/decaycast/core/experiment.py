@@ -18,6 +18,7 @@ from typing import Any, Literal, Protocol
 Scalar = str | int | float | bool | None
 Size = Literal["smoke", "small", "paper"]
 SIZES: tuple[Size, ...] = ("smoke", "small", "paper")
+_encode = json.JSONEncoder(sort_keys=True, allow_nan=False).encode  # making one for every key takes as long as its work
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +38,7 @@ class Run:
     @cached_property
     def key(self) -> str:
         """20 hex digits that name this run in a store: a hash of its config and seed."""
-        text = json.dumps({"config": dict(self.config), "seed": self.seed}, sort_keys=True, allow_nan=False)
+        text = _encode({"config": dict(self.config), "seed": self.seed})
         return hashlib.sha256(text.encode()).hexdigest()[:20]
 
 

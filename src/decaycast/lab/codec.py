@@ -1,14 +1,22 @@
-"""Rows as JSON: what a store and its exports are made of. Nothing read from them can execute code.
+"""Rows as a database and its exports hold them. Nothing read from either can execute code: it is JSON and float64s.
 
-Numbers: a missing value (NaN) is stored as null and an infinite one as the text "inf" or "-inf", because plain JSON has
-neither; all come back as the floats they were, only the sign of a negative zero is lost. Integers come back as floats.
+An export is JSON lines: a missing value (NaN) is null and an infinite one the text "inf" or "-inf", because plain JSON has
+neither; all come back as the floats they were, only the sign of a negative zero is lost.
+
+The database holds one text or blob for each of `COLUMNS`. Texts are JSON (key and status as they are), which also holds what
+SQLite cannot: seeds of more than 64 bits, and reasons with undecodable file names in them. `final` and `curve` are blobs:
+a line of JSON with the names, then the float64s of each column, lowest byte first; every float comes back bit for bit.
+Writing 480 numbers so takes a twentieth of the time of JSON. In both, integers come back as floats.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
+from itertools import chain
 from typing import Any, cast
 
 from decaycast.core.experiment import Row, Run
@@ -34,9 +42,6 @@ def _round(value: float | str | None) -> float | str | None:
 
 
 def _to_record(row: Row) -> dict[str, Any]:
-    lengths = {name: len(column) for name, column in row.curve.items()}
-    if len(set(lengths.values())) > 1:
-        raise ValueError(f"columns of a curve must have one length, got {lengths}; pad missing values with NaN")
     return {
         "key": row.run.key,
         "status": row.status,
@@ -55,41 +60,104 @@ def _from_record(record: Mapping[str, Any]) -> Row:
         run=Run(config=record["config"], seed=record["seed"]),
         status=record["status"],
         reason=record["reason"],
-        curve={name: tuple(map(_decode, column)) for name, column in record["curve"].items()},
-        final={name: _decode(value) for name, value in record["final"].items()},
+        curve=_decode_curve(record["curve"]),
+        final=_decode_final(record["final"]),
         seconds=_decode(record["seconds"]),
         provenance=record["provenance"],
     )
 
 
-# Columns stored as they are. All others are JSON text, which also holds what SQLite cannot: seeds of more than 64 bits,
-# and reasons with undecodable file names in them.
-_PLAIN = ("key", "status")
+def _decode_curve(columns: Mapping[str, Sequence[Any]]) -> dict[str, tuple[float, ...]]:
+    return {name: tuple(map(_decode, column)) for name, column in columns.items()}
+
+
+def _decode_final(numbers: Mapping[str, Any]) -> dict[str, float]:
+    return {name: _decode(value) for name, value in numbers.items()}
 
 
 _dumps = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 
 
-def to_columns(row: Row) -> tuple[str, ...]:
-    """What the database holds of `row`, one text for each of `COLUMNS`.
+def to_columns(row: Row) -> tuple[str | bytes, ...]:
+    """What the database holds of `row`: one text or blob for each of `COLUMNS`.
 
     Raises:
         ValueError: the columns of the curve differ in length.
     """
-    return tuple(value if name in _PLAIN else _text(value) for name, value in _to_record(row).items())
+    if len(set(map(len, row.curve.values()))) > 1:
+        lengths = {name: len(column) for name, column in row.curve.items()}
+        raise ValueError(f"columns of a curve must have one length, got {lengths}; pad missing values with NaN")
+    return (
+        row.run.key,
+        row.status,
+        _text(row.run.seed),
+        _dumps(dict(row.run.config)),
+        _text(row.reason),
+        _text(_encode(row.seconds)),
+        _blob(row.final, row.final.values()),
+        _words(row.provenance),
+        _blob(row.curve, chain.from_iterable(row.curve.values())),
+    )
+
+
+def from_columns(columns: Sequence[Any]) -> Row:
+    """The row that `to_columns` was given, or that a decaycast of schema 1 has stored, where numbers are JSON."""
+    _, status, seed, config, reason, seconds, final, provenance, curve = columns
+    return Row(
+        run=Run(config=json.loads(config), seed=json.loads(seed)),
+        status=status,
+        reason=json.loads(reason),
+        curve=_unblob(curve) if isinstance(curve, bytes) else _decode_curve(json.loads(curve)),
+        final={name: value for name, (value,) in _unblob(final).items()}
+        if isinstance(final, bytes)
+        else _decode_final(json.loads(final)),
+        seconds=_decode(json.loads(seconds)),
+        provenance=json.loads(provenance),
+    )
 
 
 def _text(value: Any) -> str:
     """JSON of `value`; short ways for what most rows have, since starting the encoder takes longer than its work."""
     if type(value) is int or type(value) is float:
-        return repr(value)  # the record holds no float that is not finite
-    return '""' if value == "" else "{}" if value == {} else _dumps(value)
+        return repr(value)  # `_encode` leaves no float that is not finite
+    return '""' if value == "" else _dumps(value)
 
 
-def from_columns(columns: Sequence[Any]) -> Row:
-    """The row that `to_columns` was given."""
-    pairs = zip(COLUMNS, columns, strict=True)
-    return _from_record({name: value if name in _PLAIN else json.loads(value) for name, value in pairs})
+def _words(texts: Mapping[str, str]) -> str:
+    """JSON of a provenance, remembered: the rows of a sweep share it."""
+    values = tuple(texts.values())
+    if set(map(type, values)) <= {str}:  # other values can be equal without being the same: 1 and True
+        return _shared_words(tuple(texts), values)
+    return _dumps(dict(texts))
+
+
+@lru_cache(maxsize=64)
+def _shared_words(names: tuple[str, ...], values: tuple[str, ...]) -> str:
+    return _dumps(dict(zip(names, values, strict=True)))
+
+
+def _blob(names: Iterable[str], numbers: Iterable[float]) -> bytes:
+    """The `numbers` of columns of equal length, one column after the other, behind their names."""
+    values = [*numbers]
+    return _head(tuple(names)) + struct.pack(f"<{len(values)}d", *values)
+
+
+@lru_cache(maxsize=256)
+def _head(names: tuple[str, ...]) -> bytes:
+    return _dumps(names).encode() + b"\n"  # JSON has no other line break
+
+
+def _unblob(blob: bytes) -> dict[str, tuple[float, ...]]:
+    """The columns that `_blob` was given."""
+    head, _, body = blob.partition(b"\n")
+    names, values = _names(head), struct.unpack(f"<{len(body) // 8}d", body)
+    length = len(values) // max(len(names), 1)
+    return {name: values[place * length : (place + 1) * length] for place, name in enumerate(names)}
+
+
+@lru_cache(maxsize=256)
+def _names(head: bytes) -> tuple[str, ...]:
+    return tuple(json.loads(head))
 
 
 def to_line(row: Row) -> str:

@@ -10,7 +10,8 @@ Decisive means: the first finished row of a run, else its newest failed row. The
 index over finished rows; triggers that refuse to change or delete), so no caller can break it.
 
 Why a rollback journal and not a write-ahead log: one row per training is rare, and a store stays a single file that
-can be copied while nobody writes. Nothing read from a store or an export can execute code: it is JSON throughout.
+can be copied while nobody writes. Nothing read from a store or an export can execute code: it is JSON and float64s. What the
+file holds, and what becomes of one by an older decaycast, tells `decaycast.lab.schema`.
 """
 
 from __future__ import annotations
@@ -20,44 +21,31 @@ import json
 import os
 import sqlite3
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from decaycast.core.experiment import Row, Run, Scalar
+from decaycast.lab import schema
 from decaycast.lab.codec import COLUMNS, from_columns, from_line, to_columns, to_line
+from decaycast.lab.schema import SCHEMA_VERSION
 from decaycast.lab.table import Table, numbered, pack, unpack
 
-SCHEMA_VERSION = 1
-_APPLICATION_ID = 0x44434153  # "DCAS": tells our file from any other SQLite database
-_SCHEMA = (
-    """CREATE TABLE rows (
-        id INTEGER PRIMARY KEY, key TEXT NOT NULL, status TEXT NOT NULL CHECK (status IN ('done', 'failed')),
-        seed TEXT NOT NULL, config TEXT NOT NULL, reason TEXT NOT NULL, seconds TEXT NOT NULL,
-        final TEXT NOT NULL, provenance TEXT NOT NULL, curve TEXT NOT NULL)""",
-    "CREATE INDEX rows_by_key ON rows (key, status)",
-    "CREATE UNIQUE INDEX one_done_row ON rows (key) WHERE status = 'done'",
-    "CREATE TRIGGER no_update BEFORE UPDATE ON rows BEGIN SELECT RAISE(ABORT, 'rows are append-only'); END",
-    "CREATE TRIGGER no_delete BEFORE DELETE ON rows BEGIN SELECT RAISE(ABORT, 'rows are append-only'); END",
-    """CREATE VIEW decisive AS SELECT * FROM rows AS r WHERE r.status = 'done' OR NOT EXISTS (
-        SELECT 1 FROM rows AS o WHERE o.key = r.key AND (o.status = 'done' OR o.id > r.id))""",
-    f"PRAGMA application_id = {_APPLICATION_ID}",
-    f"PRAGMA user_version = {SCHEMA_VERSION}",
-)
-# Beside the rows, so that a decaycast without it reads and writes the same file; rows that such a one has added are packed
-# when the table is read.
-_PACKED_SCHEMA = (
-    "CREATE TABLE IF NOT EXISTS shapes (id INTEGER PRIMARY KEY, text TEXT NOT NULL UNIQUE)",
-    "CREATE TABLE IF NOT EXISTS packed (id INTEGER PRIMARY KEY, shape INTEGER NOT NULL, numbers BLOB NOT NULL)",
-    "CREATE INDEX IF NOT EXISTS failed_rows ON rows (key) WHERE status = 'failed'",
-)
+EXPORT_VERSION = 1
+_CACHE_KIB = 64 * 1024  # most memory for pages of the file: the index of a million keys fits
 _FEW = 1000  # runs that are looked up one by one, rather than by reading all keys
-_SELECT = f"SELECT {', '.join(COLUMNS)} FROM decisive"
-_INSERT = (
-    f"INSERT INTO rows ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))}) "
-    "ON CONFLICT (key) WHERE status = 'done' DO NOTHING"
-)
+_NAMES = ", ".join(COLUMNS)
+_SELECT = f"SELECT {_NAMES} FROM decisive"
+_OF_KEY = f"SELECT {_NAMES} FROM rows WHERE key = ?"
+_FAILURES = """SELECT id, reason,
+    EXISTS (SELECT 1 FROM rows AS o WHERE o.key = r.key AND o.status = 'done')
+    OR EXISTS (SELECT 1 FROM rows AS o WHERE o.key = r.key AND o.status = 'failed' AND o.id > r.id)
+    FROM rows AS r WHERE status = 'failed'"""
+_INSERT = f"INSERT INTO rows ({_NAMES}) VALUES ({', '.join('?' * len(COLUMNS))}) ON CONFLICT DO NOTHING"
+_Value = tuple[tuple[str | bytes, ...], str, bytes]  # a row: its columns, its shape, its packed numbers
 
 
 class StoreError(RuntimeError):
@@ -115,10 +103,14 @@ class Store:
         """Write `rows` in one transaction, all of them or none, and return how many were new; errors as `append`."""
         values = [(to_columns(row), *pack(row)) for row in rows]
         with self._errors(), self._transaction():
-            if not self._has_packed():
-                self._create(_PACKED_SCHEMA)
-            shapes: dict[str, int] = {}
-            return sum(self._insert(*value, shapes) for value in values)
+            if self._version() < SCHEMA_VERSION:
+                self._run(schema.UPGRADE)
+            last = self._last()
+            new = self._insert(values, last)
+            shapes = {shape: self._shape(shape) for shape in dict.fromkeys(shape for _, shape, _ in new)}
+            packed = ((row, shapes[shape], numbered(row, part)) for row, (_, shape, part) in enumerate(new, last + 1))
+            self._db.executemany("INSERT INTO packed VALUES (?, ?, ?)", packed)
+        return len(new)
 
     def read(self, where: Mapping[str, Scalar] | None = None, *, newest: int | None = None) -> list[Row]:
         """Decisive rows in the order they were stored; only those whose config has every entry of `where`.
@@ -130,9 +122,7 @@ class Store:
         rows = []
         select = f"{_SELECT} ORDER BY id"
         if newest is not None:
-            select = (
-                f"SELECT * FROM (SELECT id, {', '.join(COLUMNS)} FROM decisive ORDER BY id DESC LIMIT ?) ORDER BY id"
-            )
+            select = f"SELECT * FROM (SELECT id, {_NAMES} FROM decisive ORDER BY id DESC LIMIT ?) ORDER BY id"
         with self._errors():
             for columns in self._db.execute(select, () if newest is None else (newest,)):
                 columns = columns if newest is None else columns[1:]
@@ -144,7 +134,7 @@ class Store:
     def rows_of(self, runs: Iterable[Run]) -> list[Row]:
         """Decisive rows of `runs` in their order, one for each; runs without a row are left out."""
         with self._errors():
-            found = [self._db.execute(f"{_SELECT} WHERE key = ?", (run.key,)).fetchone() for run in runs]
+            found = [self._decisive(run.key) for run in runs]
         return [from_columns(columns) for columns in found if columns is not None]
 
     def table(self) -> Table:
@@ -155,16 +145,14 @@ class Store:
     def missing(self, runs: Iterable[Run], *, retry_failed: bool = False) -> list[Run]:
         """The runs that still have to be trained, in order and each once; failed ones too with `retry_failed`."""
         asked = {run.key: run for run in runs}
+        present: set[str] = set()
         with self._errors():
-            if len(asked) <= _FEW:
-                found = [
-                    row
-                    for key in asked
-                    for row in self._db.execute("SELECT key, status FROM rows WHERE key = ?", (key,))
-                ]
-            else:
-                found = self._db.execute("SELECT key, status FROM rows").fetchall()
-        present = {key for key, status in found if status == "done" or not retry_failed}
+            for status in ("done",) if retry_failed else ("done", "failed"):
+                keys = f"SELECT key FROM rows WHERE status = '{status}'"
+                if len(asked) <= _FEW:
+                    present |= {key for key in asked if self._db.execute(f"{keys} AND key = ?", (key,)).fetchone()}
+                else:
+                    present.update(key for (key,) in self._db.execute(keys))
         return [run for key, run in asked.items() if key not in present]
 
     def export(self, path: str | os.PathLike[str]) -> int:
@@ -173,8 +161,11 @@ class Store:
         Rows are sorted by key, fractions in curves are rounded to 6 significant digits. The file appears whole or not.
         """
         with self._errors():
-            lines = [to_line(from_columns(columns)) for columns in self._db.execute(f"{_SELECT} ORDER BY key")]
-        header = json.dumps({"decaycast": "rows", "version": SCHEMA_VERSION})
+            rows = {columns[0]: to_line(from_columns(columns)) for columns in self._db.execute(_SELECT)}
+        header, lines = (
+            json.dumps({"decaycast": "rows", "version": EXPORT_VERSION}),
+            [rows[key] for key in sorted(rows)],
+        )
         target = Path(path)
         part = target.with_name(f".{target.name}.{os.getpid()}.part")
         try:
@@ -199,24 +190,36 @@ class Store:
         new = [row for row in rows if row.status == "done" or row.run.key in absent]
         return self.extend(new)
 
-    def _insert(self, columns: tuple[str, ...], shape: str, numbers: bytes, known: dict[str, int]) -> bool:
-        cursor = self._db.execute(_INSERT, columns)
-        if cursor.rowcount != 1:
-            return False
-        row = cursor.lastrowid
-        if shape not in known:
-            self._db.execute("INSERT OR IGNORE INTO shapes (text) VALUES (?)", (shape,))
-            (known[shape],) = self._db.execute("SELECT id FROM shapes WHERE text = ?", (shape,)).fetchone()
-        self._db.execute("INSERT INTO packed VALUES (?, ?, ?)", (row, known[shape], numbered(row or 0, numbers)))
-        return True
+    def _insert(self, values: Sequence[_Value], last: int) -> Sequence[_Value]:
+        """Add rows behind the `last`, and return those that are new rather than another finished row of their run."""
+        before = self._db.total_changes
+        self._db.executemany(_INSERT, (columns for columns, _, _ in values))
+        if self._db.total_changes - before == len(values):
+            return values
+        added = deque(self._db.execute("SELECT key, status FROM rows WHERE id > ? ORDER BY id", (last,)))
+        # A value that was refused has a finished row before it, so none of its run can come behind: the next match is it.
+        return [value for value in values if added and value[0][:2] == added[0] and added.popleft()]
+
+    def _last(self) -> int:
+        """The id of the newest row, which is also how many there are: ids are given in turn and no row is deleted."""
+        return self._db.execute("SELECT coalesce(max(id), 0) FROM rows").fetchone()[0]
+
+    def _decisive(self, key: str) -> tuple[Any, ...] | None:
+        finished = self._db.execute(f"{_OF_KEY} AND status = 'done'", (key,)).fetchone()
+        return finished or self._db.execute(f"{_OF_KEY} AND status = 'failed' ORDER BY id DESC", (key,)).fetchone()
+
+    def _shape(self, text: str) -> int | None:
+        """The number of a shape in this file, which learns of new ones."""
+        found = self._db.execute("SELECT id FROM shapes WHERE text = ?", (text,)).fetchone()
+        return found[0] if found else self._db.execute("INSERT INTO shapes (text) VALUES (?)", (text,)).lastrowid
 
     def _has_packed(self) -> bool:
         return self._db.execute("SELECT 1 FROM sqlite_master WHERE name = 'packed'").fetchone() is not None
 
     def _packed(self) -> dict[str, bytes]:
-        """By shape, all rows packed; what another version of decaycast has stored is packed here."""
+        """By shape, all rows packed; what a decaycast without packing has stored is packed here."""
         parts: dict[str, list[bytes]] = {}
-        others = f"SELECT id, {', '.join(COLUMNS)} FROM rows"
+        others = f"SELECT id, {_NAMES} FROM rows"
         if self._has_packed():
             texts = dict(self._db.execute("SELECT id, text FROM shapes"))
             if len(texts) == 1:  # a sweep: its rows need no sorting one by one
@@ -230,7 +233,7 @@ class Store:
                     by_shape[shape].append(numbers)
                 parts = {texts[number]: part for number, part in by_shape.items() if part}
             others += " WHERE id NOT IN (SELECT id FROM packed)"
-        if sum(map(len, parts.values())) < self._db.execute("SELECT count(*) FROM rows").fetchone()[0]:
+        if sum(map(len, parts.values())) < self._last():
             for row, *columns in self._db.execute(others):
                 shape, numbers = pack(from_columns(columns))
                 parts.setdefault(shape, []).append(numbered(row, numbers))
@@ -239,25 +242,23 @@ class Store:
     def _failures(self) -> tuple[dict[int, str], list[int]]:
         """By id, the reasons of failed rows that decide; and the ids of those that do not."""
         reasons, superseded = {}, []
-        for row, reason, decides in self._db.execute(
-            "SELECT id, reason, NOT EXISTS (SELECT 1 FROM rows AS o WHERE o.key = r.key AND (o.status = 'done' OR "
-            "o.id > r.id)) FROM rows AS r WHERE status = 'failed'"
-        ):
-            if decides:
-                reasons[row] = json.loads(reason)
-            else:
+        for row, reason, replaced in self._db.execute(_FAILURES):
+            if replaced:
                 superseded.append(row)
+            else:
+                reasons[row] = json.loads(reason)
         return reasons, superseded
 
     def _open(self) -> None:
         self._db.execute("PRAGMA synchronous = FULL")
+        self._db.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
         if self._version() == 0:
             with self._transaction():
                 if self._version() == 0:  # another process may have created the store in between
-                    self._create((*_SCHEMA, *_PACKED_SCHEMA))
+                    self._run(schema.CREATE)
 
-    def _create(self, schema: Iterable[str]) -> None:
-        for statement in schema:
+    def _run(self, statements: Iterable[str]) -> None:
+        for statement in statements:
             self._db.execute(statement)
 
     def _version(self) -> int:
@@ -266,9 +267,9 @@ class Store:
             "SELECT user_version, application_id, (SELECT count(*) FROM sqlite_master) "
             "FROM pragma_user_version, pragma_application_id"
         ).fetchone()
-        if application != _APPLICATION_ID and (version or application or tables):
+        if application != schema.APPLICATION_ID and (version or application or tables):
             raise StoreError(f"{self.path} is the database of another program, not a store; choose another path")
-        _refuse_newer(self.path, version)
+        _refuse_newer(self.path, version, SCHEMA_VERSION)
         return version
 
     @contextmanager
@@ -329,7 +330,7 @@ def load_export(path: str | os.PathLike[str]) -> list[Row]:
         version = None
     if not isinstance(version, int):
         raise StoreError(f"{path} is not an export of decaycast rows; write one with Store.export")
-    _refuse_newer(path, version)
+    _refuse_newer(path, version, EXPORT_VERSION)
     rows = []
     for number, line in enumerate(lines[1:], start=2):
         try:
@@ -341,8 +342,6 @@ def load_export(path: str | os.PathLike[str]) -> list[Row]:
     return rows
 
 
-def _refuse_newer(path: str | os.PathLike[str], version: int) -> None:
-    if version > SCHEMA_VERSION:
-        raise StoreError(
-            f"{path} has schema {version} and this decaycast reads up to {SCHEMA_VERSION}; update decaycast"
-        )
+def _refuse_newer(path: str | os.PathLike[str], version: int, known: int) -> None:
+    if version > known:
+        raise StoreError(f"{path} has schema {version} and this decaycast reads up to {known}; update decaycast")

@@ -21,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -96,30 +97,39 @@ class Table:
 
 def pack(row: Row) -> tuple[str, bytes]:
     """The shape of `row` as JSON text, and its key and numbers as bytes."""
-    names: list[str] = []
-    numbers: list[float] = []
-    texts: dict[str, Scalar] = {}
-    entries: list[tuple[str, Any]] = [("done", float(row.status == "done")), ("seed", row.run.seed)]
-    entries.append(("seconds", row.seconds))
-    entries += [(f"config {name}", value) for name, value in row.run.config.items()]
-    entries += [(f"final {name}", float(value)) for name, value in row.final.items()]
-    entries += [(f"last {name}", float(column[-1])) for name, column in row.curve.items() if len(column)]
-    for name, value in entries:
-        if type(value) is float or (type(value) is int and -_EXACT <= value <= _EXACT):
-            names.append(name)
-            numbers.append(value)
-        else:
-            texts[name] = str(value) if type(value) is int else value
-    shape = _shape(tuple(names), tuple(texts.items()))
-    return shape, bytes.fromhex(row.run.key) + struct.pack(f"<{len(numbers)}d", *numbers)
+    values = [row.status == "done", row.run.seed, row.seconds, *row.run.config.values()]
+    kinds = [float, *map(type, values[1:])]
+    for place, kind in enumerate(kinds):
+        if kind is int and not -_EXACT <= values[place] <= _EXACT:
+            values[place], kinds[place] = str(values[place]), str
+    last = [column[-1] for column in row.curve.values() if len(column)]
+    names, are_numbers, are_texts = _layout(
+        tuple(row.run.config), tuple(kinds), tuple(row.final), tuple(row.curve) if last else ()
+    )
+    numbers = [*compress(values, are_numbers), *row.final.values(), *last]
+    shape = _shape(names, tuple(compress(values, are_texts)))
+    return shape, struct.pack(f"<{KEY_BYTES}s{len(numbers)}d", bytes.fromhex(row.run.key), *numbers)
+
+
+@lru_cache(maxsize=1024)
+def _layout(
+    config: tuple[str, ...], kinds: tuple[type, ...], final: tuple[str, ...], curve: tuple[str, ...]
+) -> tuple[tuple[tuple[str, ...], tuple[str, ...]], list[bool], list[bool]]:
+    """The names of the numbers and of the texts of a row, and which of its values are which; `kinds` are their types."""
+    are_numbers = [issubclass(kind, (int, float)) and kind is not bool for kind in kinds]
+    are_texts = [not number for number in are_numbers]
+    first = ["done", "seed", "seconds", *(f"config {name}" for name in config)]
+    numbers = [*compress(first, are_numbers), *(f"final {name}" for name in final), *(f"last {name}" for name in curve)]
+    return (tuple(numbers), tuple(compress(first, are_texts))), are_numbers, are_texts
 
 
 _encode = json.JSONEncoder(separators=(",", ":")).encode
 
 
 @lru_cache(maxsize=1024)
-def _shape(names: tuple[str, ...], texts: tuple[tuple[str, Scalar], ...]) -> str:
-    return _encode({"numbers": names, "texts": dict(texts)})
+def _shape(names: tuple[tuple[str, ...], tuple[str, ...]], texts: tuple[Scalar, ...]) -> str:
+    numbers, named = names
+    return _encode({"numbers": numbers, "texts": dict(zip(named, texts, strict=True))})
 
 
 def numbered(row: int, packed: bytes) -> bytes:
