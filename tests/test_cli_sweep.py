@@ -161,7 +161,7 @@ def test_a_pruned_sweep_says_what_it_has_stopped(decaycast, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--lr", "1:0:log5"), "lr '1:0:log5' ends below its start; write 0:1:log5"),
+        (("--lr", "1:0:log5"), "lr '1:0:log5' ends below its start; write 0:1:lin5"),
         (("--lr", "0.1:1:log0"), "lr '0.1:1:log0' has no values"),
         (("--seeds", "0"), "0 seeds are no runs; give at least 1"),
         (("--weight-decay", ""), "weight_decay '' has an empty value"),

@@ -105,9 +105,10 @@ def _range(name: str, text: str) -> list[float]:
         least = "has no values" if count == 0 else "has two ends and one value" if count == 1 else "has too many values"
         raise ValueError(f"{name} {text!r} {least}; ask for 2 to {MOST_RUNS:,}, or write a value alone")
     if end < start:
-        raise ValueError(
-            f"{name} {text!r} ends below its start; write {found['end']}:{found['start']}:{text.split(':')[2]}"
-        )
+        turned = f"{found['end']}:{found['start']}:{text.split(':')[2]}"
+        if log and end <= 0:  # equal ratios need a positive start, so turning it round is not enough
+            turned = f"{turned.replace('log', 'lin')}, or start from a positive number"
+        raise ValueError(f"{name} {text!r} ends below its start; write {turned}")
     if log and start <= 0:
         raise ValueError(f"{name} {text!r} has equal ratios only from a positive start, got {start:g}; or use lin")
     inner = [i / (count - 1) for i in range(1, count - 1)]
