@@ -59,7 +59,7 @@ def test_any_range_rises_from_its_start_to_its_end(start, ratio, count, log):
     ("name", "text", "message"),
     [
         ("lr", "1:0:log5", "lr '1:0:log5' ends below its start; write 0:1:lin5, or start from a positive number"),
-        ("lr", "1:0.1:log5", "lr '1:0.1:log5' ends below its start; write 0.1:1:log5$"),
+        ("lr", "1:0.1:log5", "lr '1:0.1:log5' ends below its start; write 0.1:1:log5"),
         ("lr", "0.1:1:log0", "lr '0.1:1:log0' has no values; ask for 2 to 1,000,000, or write a value alone"),
         ("lr", "0.1:1:log1", "lr '0.1:1:log1' has two ends and one value; ask for 2 to"),
         ("lr", "0.1:1:lin99999999", "has too many values; ask for 2 to 1,000,000"),
