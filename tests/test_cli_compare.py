@@ -67,6 +67,33 @@ def test_a_model_and_samples_of_ones_own(decaycast: Command, tmp_path: Path):
     )
 
 
+def test_tables_of_ones_own_need_no_pixels(decaycast: Command, tmp_path: Path):
+    (tmp_path / "table_network.py").write_text(NETWORK)
+    draws = np.random.default_rng(0)
+    np.savez(tmp_path / "table.npz", X=100 + 9 * draws.normal(size=(60, 16)), y=np.arange(60) % 3)
+    own = ("--data", "table.npz", "--model", "table_network:make", "--budget", "20", "--seeds", "2")
+    read = decaycast(*own, "--arms", "sam", "--json").json
+    assert read["trained"] == 4 and not any(arm["failed"] for arm in read["arms"])
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("def (", "importing 'bad_network_{}' failed (SyntaxError: invalid syntax"),
+        ("1 / 0", "importing 'bad_network_{}' failed (ZeroDivisionError: division by zero); mend it first"),
+        ("def make(width): ...", "bad_network_{}:make failed to make a model (TypeError: make() missing 1 required"),
+        ("def make(): return 'mlp'", "bad_network_{}:make must make a torch.nn.Module, it made str"),
+    ],
+)
+def test_what_is_wrong_with_a_model_of_ones_own_is_one_line(
+    decaycast: Command, tmp_path: Path, source: str, message: str
+):
+    name = f"{len(source)}"  # a module is imported once
+    (tmp_path / f"bad_network_{name}.py").write_text(source)
+    ended = decaycast(*TINY, "--model", f"bad_network_{name}:make", "--arms", "sam")
+    assert message.format(name) in error_line(ended)
+
+
 @pytest.mark.slow
 def test_workers_find_a_model_of_ones_own(decaycast: Command, tmp_path: Path):
     (tmp_path / "other_network.py").write_text(NETWORK.replace("16", "64").replace("8, 3", "8, 10"))
@@ -94,6 +121,7 @@ def test_failures_are_in_the_table_and_the_exit_code(decaycast: Command):
         (("--workers", "0"), "--workers must be at least 1, got 0"),
         (("--model", "cnn-bn-16"), "images of side 8 are too small for this CNN"),
         (("--model", "nowhere:make"), "cannot find the model 'nowhere:make'"),
+        (("--out", "/dev/null/out"), "cannot create the folder of store /dev/null/out/compare.sqlite"),
         (("--data", "absent.npz"), "absent.npz cannot be read as an .npz file"),
         (("--metric", "f1"), "unknown metric 'f1'"),
     ],

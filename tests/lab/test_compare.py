@@ -12,7 +12,11 @@ from tests.lab.comparison.compared_models import (
     INSTANCE,
     MODULE,
     Odd,
+    Scaled,
+    Unanswered,
+    Uncopied,
     blobs,
+    drawn_elsewhere,
     normed,
     plain,
     tiny,
@@ -60,9 +64,57 @@ def test_what_distinguishes_models_of_one_name():
     split, names = task(plain, blobs()).split(), set()
     for model in (plain, normed, Odd, f"{MODULE}:plain"):
         work = task(model, blobs())
-        names.add(work.described(split, 0))
-        assert work.described(split, 0) == work.described(split, 0)
+        names.add(work.described(split))
+        assert work.described(split) == work.described(split)
     assert len(names) == 3, "a function and its name are the same"
+
+
+def test_settings_and_code_that_layers_do_not_show_are_part_of_the_model():
+    """A number that only the forward reads, and a method that it calls: both change the result, not layers or weights."""
+    split = task(plain, blobs()).split()
+    described = [task(make, blobs()).described(split) for make in (lambda: Scaled(1.0), lambda: Scaled(2.0))]
+    assert described[0] != described[1]
+
+    class Other(Scaled):
+        def score(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.tanh(super().score(x))
+
+    Other.__name__ = "Scaled"  # as it would be after an edit of the file
+    assert task(lambda: Other(1.0), blobs()).described(split) != described[0]
+    typed: dict[str, Any] = {"Scaled": Scaled, "torch": torch}
+    for sign in ("", "-"):
+        exec(f"class Typed(Scaled):\n    def score(self, x):\n        return {sign}self.linear(x)", typed)
+        described.append(task(lambda: typed["Typed"](1.0), blobs()).described(split))
+    assert len(set(described)) == 4, "also where there is no file to read the source from"
+
+
+def test_a_model_is_known_again_whatever_the_seeds(tmp_path: Path):
+    new: list[Row] = []
+    tiny(seeds=[0, 1], store=tmp_path / "rows.sqlite", on_row=new.append)
+    tiny(seeds=[1, 2, 0], store=tmp_path / "rows.sqlite", on_row=new.append)
+    assert [row.run.seed for row in new] == [0, 0, 1, 1, 2, 2]
+
+
+def test_classes_without_a_sample_are_part_of_the_samples():
+    parts = {name: getattr(task(plain, blobs()).split(), name) for name in ("train", "validation", "test")}
+    names = {task("mlp-8x1", Split(name="mine", classes=classes, **parts)).data for classes in (3, 4)}
+    assert len(names) == 2, "a network with four outputs is another one"
+
+
+def test_what_models_share_is_left_as_it_was():
+    """Layers trained before, and an activation that all models have in common: no arm may find another one's changes."""
+    backbone, activation = nn.Linear(6, 12), nn.ReLU()
+
+    def tuned() -> nn.Module:
+        return nn.Sequential(backbone, activation, nn.Linear(12, 3))
+
+    before = backbone.weight.detach().clone()
+    arms = ["activation-noise", "label-smoothing", "sam"]
+    together = tiny(arms, tuned, batch_size=8, lr=0.1)
+    assert torch.equal(backbone.weight, before) and not list(activation.children())
+    alone = tiny(["sam"], tuned, batch_size=8, lr=0.1)
+    assert together.arms[-1].finals[0]["test_loss"] == alone.arms[-1].finals[0]["test_loss"]
+    assert tiny(model=lambda: INSTANCE).outcome == "no difference", "and a whole network that was trained before"
 
 
 @pytest.mark.slow
@@ -71,7 +123,8 @@ def test_worker_processes_train_the_same():
     here = tiny(arms, f"{MODULE}:normed")
     there = tiny(arms, f"{MODULE}:normed", execute=processes(2))
     for one, other in zip(here.rows, there.rows):
-        assert one.run == other.run and one.curve == other.curve, one.run.config["arm"]
+        curves = [repr(dict(row.curve)) for row in (one, other)]  # to the bit; NaN is not equal to itself
+        assert one.run == other.run and curves[0] == curves[1], one.run.config["arm"]
 
 
 def test_a_divergence_is_a_failed_row_and_said():
@@ -162,13 +215,24 @@ def test_text_has_several_labels_in_a_sample():
         ({"model": lambda: nn.Linear(6, 2)}, "the model has 2 outputs for 3 classes; give it one per class"),
         ({"model": lambda: nn.Linear(5, 3)}, r"the model does not take these samples, of shape \(6,\) and torch.float32"),
         ({"model": lambda: nn.Sequential(nn.Linear(6, 3), nn.Flatten(0))}, r"must return scores of shape \(2, 3\) for 2 samp"),
-        ({"model": lambda: INSTANCE}, "returns the same model each time, which would go on from the weights of"),
+        ({"model": drawn_elsewhere}, "drawn_elsewhere makes other weights at each call with the same seed, so that arms"),
+        ({"model": lambda: nn.Flatten()}, "the model has no parameter to train; give one that has, with requires_grad"),
+        ({"model": lambda: plain().requires_grad_(False)}, "the model has no parameter to train"),
+        ({"model": lambda: nn.LazyLinear(3)}, "the model has lazy layers, whose weights are not there before a first batch"),
+        ({"model": lambda: Uncopied(6, 3)}, r"the model of .* cannot be copied \(TypeError: not this one\), which k"),
+        ({"model": Unanswered}, r"the model does not take these samples, .*\(KeyError: 'nowhere'\); give one that does"),
+        ({"model": f"{MODULE}:broken"}, r"broken failed to make a model \(KeyError: 'width'\); it is called with"),
+        ({"model": f"{MODULE}:nothing"}, r"compared_models:nothing must make a torch.nn.Module, it made str"),
+        ({"seeds": [1, 2**32]}, "a seed must be at most 4294967295, got 4294967296"),
+        ({"data": (np.float32(3.0), np.arange(20) % 3)}, r"X and y must hold one entry for each sample, got array"),
+        ({"data": (np.full((20, 6), 1e300), np.arange(20) % 3)}, "X holds values that are not finite in 32 bits"),
+        ({"data": (np.zeros((20, 6)), np.ones(20, dtype=int))}, "all labels to train on are 1, so there is nothing to tell"),
         ({"data": (np.zeros((20, 6)), np.arange(19) % 3)}, "X has 20 samples and y has 19 labels; give one label"),
         ({"data": (np.zeros((20, 6)), np.zeros(20))}, "y class numbers, got float64 and float64; a comparison is for classif"),
         ({"data": (np.zeros((5, 6)), np.arange(5) % 3)}, "5 samples are too few to train, validate and test on; give at"),
         ({"data": (np.zeros((20, 6)), np.arange(20) % 3 - 1)}, "y must number the classes from 0, got -1"),
         ({"data": (np.full((20, 6), np.nan), np.arange(20) % 3)}, "X holds values that are not finite"),
-        ({"data": (np.zeros((20, 6)), np.zeros(20, dtype=int))}, "all labels are 0, so there is nothing to tell apart"),
+        ({"data": (np.zeros((20, 6)), np.zeros(20, dtype=int))}, "all labels to train on are 0, so there is nothing to"),
     ],
 )  # fmt: skip
 def test_what_is_refused(changes: dict[str, Any], message: str):
@@ -183,8 +247,6 @@ def test_refusals_of_another_kind():
         tiny(model=plain())
     with pytest.raises(TypeError, match="make_model must be a function .*got a int"):
         tiny(model=3)
-    with pytest.raises(TypeError, match=r"compared_models:nothing must make a torch.nn.Module, it made str"):
-        tiny(model=f"{MODULE}:nothing")
     with pytest.raises(TypeError, match=r"data must be a data set's name, a pair \(X, y\) or .*Split, got dict"):
         tiny(data={"X": 1})
     with pytest.raises(

@@ -31,6 +31,7 @@ from decaycast.lab.sweeps import USUAL_LR
 from decaycast.lab.trial import OPTIMIZERS
 
 LEAST_STEPS = 20  # half of it is a student's or SAM's whole training
+MOST_SEED = 2**32 - 1  # the largest that every generator takes, a model's own among them
 POINTS = 12
 EXPERIMENT = "compare"
 
@@ -111,7 +112,7 @@ def compare(
         work.check_travels()
     numbers = _seeds(seeds)
     config = _shared(budget_steps, optimizer, lr, momentum, schedule, batch_size)
-    planned, left_out = _planned(work, arms, baseline, config, numbers[0])
+    planned, left_out = _planned(work, arms, baseline, config)
     runs = [Run(config=own, seed=seed) for seed in numbers for own in planned]
     with ExitStack() as stack:
         kept = store if isinstance(store, Store) else stack.enter_context(_opened(store, stack))
@@ -125,19 +126,19 @@ def compare(
 
 
 def _planned(
-    work: Task, arms: Any, baseline: str, shared: Mapping[str, Scalar], seed: int
+    work: Task, arms: Any, baseline: str, shared: Mapping[str, Scalar]
 ) -> tuple[list[dict[str, Scalar]], dict[str, str]]:
     """The configs of the arms that fit, and why others do not; an arm asked for by name has to fit."""
     asked = chosen(arms, baseline)
     split = work.split()
-    about: dict[str, Scalar] = {"data": work.data, "model": work.described(split, seed)}
+    about: dict[str, Scalar] = {"data": work.data, "model": work.described(split)}
     if work.train_size is not None:
         about["train_size"] = work.train_size
     optimizer, schedule = str(shared["optimizer"]), str(shared["schedule"])
     planned, left_out = [], {}
     for name, given in asked.items():
         settings = settings_of(name, given, optimizer=optimizer, schedule=schedule)
-        reason = misfit(name, settings, work.network(split, seed), split.train[1], split.classes)
+        reason = misfit(name, settings, work.network(split, 0), split.train[1], split.classes)
         if reason and (arms is not None or name == baseline):
             raise ValueError(f"arm {name!r} does not fit: {reason}; leave it out")
         if reason:
@@ -179,7 +180,8 @@ def _seeds(seeds: int | Sequence[int]) -> list[int]:
             f"one training tells nothing about a difference: give at least 2 seeds, better 5, got {len(found)}"
         )
     for seed in found:
-        whole("seed", seed, least=0)
+        if whole("seed", seed, least=0) > MOST_SEED:
+            raise ValueError(f"a seed must be at most {MOST_SEED}, got {seed}")
     return found
 
 

@@ -46,6 +46,45 @@ def nothing() -> str:
     return "no module"
 
 
+def broken() -> nn.Module:
+    raise KeyError("width")
+
+
+def drawn_elsewhere() -> nn.Module:
+    """First weights by NumPy, which nobody seeds."""
+    model = nn.Linear(6, 3)
+    with torch.no_grad():
+        model.weight.copy_(torch.from_numpy(np.random.default_rng().normal(size=(3, 6))))
+    return model
+
+
+class Scaled(nn.Module):
+    """A number and a method that neither its layers nor its forward show."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.linear, self.scale = nn.Linear(6, 3), scale
+
+    def score(self, x: torch.Tensor) -> torch.Tensor:
+        return self.scale * self.linear(x)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.score(x)
+
+
+class Uncopied(nn.Linear):
+    def __deepcopy__(self, memo: object) -> nn.Module:
+        raise TypeError("not this one")
+
+
+class Unanswered(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(6, 3)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return {}["nowhere"]
+
+
 def blobs(count: int = 150, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Three overlapping clouds in six dimensions."""
     draws = np.random.default_rng(seed)

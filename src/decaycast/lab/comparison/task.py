@@ -1,12 +1,15 @@
 """What all arms of a comparison share: the samples, split once, and the model, built anew for every training.
 
 A model is a name of `decaycast.lab.models`, a factory named ``package.module:function``, or a callable. Factories are called with
-torch's generator seeded, and with ``seed=`` where they have such an argument. Runs name a model of one's own by what it is (its
-layers, first weights and forwards), so that a changed model is never taken for the one that a store has rows of.
+torch's generator seeded, and with ``seed=`` where they have such an argument. What they return is copied: weights or layers that
+it shares with the next model (a network trained before, say) are then not those that an arm has changed. Runs name a model of
+one's own by what it is (its layers with their plain attributes, its classes and its weights of seed 0), so that a changed model
+is not taken for the one that a store has rows of, and the same one is known again whatever the seeds.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib
 import inspect
@@ -18,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from decaycast.lab import data, models
 from decaycast.lab.data import Split
@@ -59,31 +63,46 @@ class Task:
         """A new model, its first weights drawn from `seed`.
 
         Raises:
-            ValueError: an unknown name, or one that does not fit the samples.
-            TypeError: a factory that makes no module.
+            ValueError: an unknown name, or one that does not fit the samples; a factory that fails, or makes no module.
         """
         if isinstance(self.model, str) and ":" not in self.model:
             return models.build(self.model, split.shape, split.classes, seed=seed)
         factory = factory_of(self.model)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            made: Any = factory(seed=seed) if _takes_seed(factory) else factory()
+            try:
+                made: Any = factory(seed=seed) if _takes_seed(factory) else factory()
+            except Exception as error:  # whatever a factory's own code raises
+                raise ValueError(
+                    f"{_name(self.model)} failed to make a model ({type(error).__name__}: {error}); it is called without "
+                    "arguments, or with seed= where it has one"
+                ) from error
         if not isinstance(made, nn.Module):
-            raise TypeError(f"{_name(self.model)} must make a torch.nn.Module, it made {type(made).__name__}")
-        return made
+            raise ValueError(f"{_name(self.model)} must make a torch.nn.Module, it made {type(made).__name__}")
+        try:
+            return copy.deepcopy(made)
+        except Exception as error:  # whatever a module's own copying raises
+            raise ValueError(
+                f"the model of {_name(self.model)} cannot be copied ({type(error).__name__}: {error}), which keeps one arm's "
+                "changes from the next; let copy.deepcopy work on it"
+            ) from error
 
-    def described(self, split: Split, seed: int) -> str:
-        """The model's name in runs; raises where it does not fit the samples (`check_model`)."""
-        model = self.network(split, seed)
-        check_model(model, split)
+    def described(self, split: Split) -> str:
+        """The model's name in runs.
+
+        Raises:
+            ValueError: it does not fit the samples (`check_model`), or is not made anew and alike for equal seeds.
+        """
+        check_model(self.network(split, 0), split)
         if isinstance(self.model, str) and ":" not in self.model:
             return self.model
-        if self.network(split, seed) is model:
+        model, other = self.network(split, 0), self.network(split, 0)
+        if _weights(model) != _weights(other):
             raise ValueError(
-                f"{_name(self.model)} returns the same model each time, which would go on from the weights of the arm before; "
-                "let it make a new one at each call"
+                f"{_name(self.model)} makes other weights at each call with the same seed, so that arms would not start alike; "
+                "draw them by torch's generator, or give the function an argument seed"
             )
-        return f"{_name(self.model)}#{_fingerprint(self.network(split, seed))}"
+        return f"{_name(self.model)}#{_fingerprint(model, other)}"
 
     def check_travels(self) -> None:
         """Refuse a model that other processes cannot be given."""
@@ -126,9 +145,12 @@ def task(
     if standardise:
         arrays = _standardised(arrays)
     classes = samples.classes if isinstance(samples, Split) else 1 + max(int(y.max()) for _, y in arrays.values())
-    if classes < 2:
-        raise ValueError("all labels are 0, so there is nothing to tell apart; y needs at least two classes")
-    return Task(data=f"own samples #{_digest(arrays)}", arrays=arrays, classes=classes, **own)
+    labels = arrays["train"][1]
+    if labels.min() == labels.max():
+        raise ValueError(
+            f"all labels to train on are {labels.min()}, so there is nothing to tell apart; y needs at least two classes"
+        )
+    return Task(data=f"own samples #{_digest(arrays, classes)}", arrays=arrays, classes=classes, **own)
 
 
 def factory_of(model: Model) -> Callable[..., Any]:
@@ -149,6 +171,10 @@ def factory_of(model: Model) -> Callable[..., Any]:
             f"cannot find the model {model!r} ({error}); name a function that makes it as package.module:function, in a "
             "package that can be imported from here"
         ) from error
+    except Exception as error:  # whatever a module's own code raises
+        raise ValueError(
+            f"importing {module_name!r} failed ({type(error).__name__}: {error}); mend it first"
+        ) from error
     if isinstance(found, nn.Module) or not callable(found):
         raise ValueError(f"{model!r} is a {type(found).__name__}; name a function that makes a new model")
     return found
@@ -156,14 +182,22 @@ def factory_of(model: Model) -> Callable[..., Any]:
 
 @torch.no_grad()
 def check_model(model: nn.Module, split: Split) -> None:
-    """Refuse a model whose outputs on two samples are no scores for the classes of their labels."""
+    """Refuse a model that cannot be trained, or whose outputs on two samples are no scores for the classes of their labels."""
+    lazy = (UninitializedParameter, UninitializedBuffer)
+    if any(isinstance(value, lazy) for value in (*model.parameters(), *model.buffers())):
+        raise ValueError(
+            "the model has lazy layers, whose weights are not there before a first batch; give them their sizes"
+        )
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError("the model has no parameter to train; give one that has, with requires_grad")
     inputs, target = (part[:2] for part in split.train)
     was_training = model.training
     try:
         output = model.eval()(inputs)
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+    except Exception as error:  # whatever a forward of one's own raises
         raise ValueError(
-            f"the model does not take these samples, of shape {split.shape} and {inputs.dtype} ({error}); give one that does"
+            f"the model does not take these samples, of shape {split.shape} and {inputs.dtype} ({type(error).__name__}: "
+            f"{error}); give one that does"
         ) from error
     finally:
         model.train(was_training)
@@ -203,6 +237,8 @@ def _checked(inputs: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
     x, y = (
         each.detach().cpu().numpy() if isinstance(each, torch.Tensor) else np.asarray(each) for each in (inputs, labels)
     )
+    if not x.ndim or not y.ndim:
+        raise ValueError(f"X and y must hold one entry for each sample, got arrays of shape {x.shape} and {y.shape}")
     if x.dtype.kind not in "iuf" or y.dtype.kind not in "iu":
         raise ValueError(
             f"X must hold numbers and y class numbers, got {x.dtype} and {y.dtype}; a comparison is for classification, with "
@@ -214,9 +250,11 @@ def _checked(inputs: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError(f"{len(y)} samples are too few to train, validate and test on; give at least {_LEAST_SAMPLES}")
     if y.min() < 0:
         raise ValueError(f"y must number the classes from 0, got {int(y.min())}")
+    with np.errstate(over="ignore"):
+        x = np.ascontiguousarray(x, np.float32 if x.dtype.kind == "f" else np.int64)
     if not np.isfinite(x).all():
-        raise ValueError("X holds values that are not finite; remove or replace them")
-    return np.ascontiguousarray(x, np.float32 if x.dtype.kind == "f" else np.int64), np.ascontiguousarray(y, np.int64)
+        raise ValueError("X holds values that are not finite in 32 bits; remove, replace or rescale them")
+    return x, np.ascontiguousarray(y, np.int64)
 
 
 def _standardised(arrays: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -228,8 +266,8 @@ def _standardised(arrays: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> dict[s
     return {part: ((x - mean) / std, y) for part, (x, y) in arrays.items()}
 
 
-def _digest(arrays: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> str:
-    found = hashlib.sha256()
+def _digest(arrays: Mapping[str, tuple[np.ndarray, np.ndarray]], classes: int) -> str:
+    found = hashlib.sha256(f"{classes} classes".encode())
     for part in PARTS:
         for array in arrays[part]:
             found.update(f"{part} {array.shape} {array.dtype}".encode())
@@ -237,19 +275,42 @@ def _digest(arrays: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> str:
     return found.hexdigest()[:12]
 
 
-def _fingerprint(model: nn.Module) -> str:
-    """Of the layers, the first weights, and the source of forwards that are not torch's."""
-    found = hashlib.sha256(repr(model).encode())
+def _weights(model: nn.Module) -> bytes:
+    """A digest of all parameters and buffers."""
+    found = hashlib.sha256()
     for name, value in model.state_dict().items():
-        found.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-        found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    kinds = {type(module) for module in model.modules() if not type(module).__module__.startswith("torch.")}
-    for kind in sorted(kinds, key=lambda kind: kind.__qualname__):
-        try:
-            found.update(inspect.getsource(kind.forward).encode())
-        except (OSError, TypeError):  # typed into a shell: no source to read
-            found.update(kind.forward.__code__.co_code)
+        if isinstance(value, torch.Tensor):  # a module may add a state of another kind
+            found.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+            found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return found.digest()
+
+
+def _fingerprint(model: nn.Module, other: nn.Module) -> str:
+    """Of the layers, the first weights, the plain attributes that `other`, made alike, has too, and the source of classes."""
+    found = hashlib.sha256(repr(model).encode() + _weights(model))
+    found.update(repr(sorted(_attributes(model) & _attributes(other))).encode())
+    kinds = {kind for module in model.modules() for kind in type(module).__mro__}
+    for kind in sorted(kinds, key=lambda kind: (kind.__module__, kind.__qualname__)):
+        if kind is not object and kind.__module__.partition(".")[0] != "torch":
+            found.update(_source(kind))
     return found.hexdigest()[:12]
+
+
+def _attributes(model: nn.Module) -> set[tuple[str, str, str]]:
+    return {
+        (name, key, repr(value))
+        for name, module in model.named_modules()
+        for key, value in vars(module).items()
+        if isinstance(value, (str, int, float, type(None)))
+    }
+
+
+def _source(kind: type) -> bytes:
+    try:
+        return inspect.getsource(kind).encode()
+    except (OSError, TypeError):  # typed into a shell: no source to read
+        codes = (getattr(value, "__code__", None) for _, value in sorted(vars(kind).items(), key=lambda item: item[0]))
+        return b" ".join(code.co_code + repr(code.co_names).encode() for code in codes if code is not None)
 
 
 def _takes_seed(factory: Callable[..., Any]) -> bool:
