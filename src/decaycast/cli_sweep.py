@@ -308,7 +308,11 @@ def _print_answer(answer: dict[str, Any], plan: Plan, job: _Job, store: Path) ->
         _say("pruned", f"{paid:.3g} of {total:.3g} full runs, {choice.spent:.2g} of them for the forecasts")
     if answer["failed"]:
         _say("failed", f"{answer['failed']} runs; their reasons are in the store, --retry-failed trains them again")
-    _say("trained", f"{answer['trained']} runs in {_duration(answer['seconds'])}; the others were there")
+    there = len(answer["runs"]) - answer["trained"]
+    _say(
+        "trained",
+        f"{answer['trained']} runs in {_duration(answer['seconds'])}" + (f"; {there} were there" if there else ""),
+    )
     _say("page", str(answer["page"]))
     _say("store", f"{store}; the same command with --export sweep.csv writes its rows as a table")
 

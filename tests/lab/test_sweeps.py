@@ -177,6 +177,12 @@ def test_a_probe_is_near_the_truth_and_finds_what_cannot_start():
         price_runs(Plan(axes={**TINY, "model": ("mpl",)}).runs, None)
 
 
+def test_a_run_that_diverges_has_a_price():
+    run = Plan(axes={**TINY, "lr": (1e30,), "steps": (400,)}).runs[0]
+    assert train_run(run).status == "failed"
+    assert 0 < time_run(run) < 60
+
+
 def test_workers_share_the_price_but_not_a_run():
     nan = math.nan
     assert Price(seconds=(1.0, 2.0, 3.0), fre=3.0).wall_seconds(2) == 3.0

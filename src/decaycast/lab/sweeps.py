@@ -23,6 +23,7 @@ import numpy as np
 from decaycast.core.experiment import Row, Run, Scalar
 from decaycast.core.names import choose
 from decaycast.core.schedule import LR_NAMES
+from decaycast.core.train import DivergedError
 from decaycast.lab.figures import price
 from decaycast.lab.store import Store
 from decaycast.lab.table import Table
@@ -243,17 +244,27 @@ def time_run(run: Run, *, data_dir: str | None = None, seconds: float = _PROBE_S
     trial = Trial(run, data_dir=data_dir)
     total = int(trial.config["stop"] or trial.config["steps"])
     measured = [step for step in trial.measure_at if step <= total]
-    trial.advance(min(2, total))  # the first steps start up what later ones find running
+    alive = _advance(trial, min(2, total))  # the first steps start up what later ones find running
     started = time.perf_counter() - began
     evaluation = _timed(lambda: trial._validate(trial.model))
     first, spent = trial.step, 0.0
-    while spent < seconds and trial.step < total:
-        stop = min(total, 2 * trial.step)
-        spent += _timed(lambda stop=stop: trial.advance(stop))
+    while alive and spent < seconds and trial.step < total:
+        stop, before = min(total, 2 * trial.step), time.perf_counter()
+        alive = _advance(trial, stop)
+        spent += time.perf_counter() - before
     steps = max(1, trial.step - first)
     measurements = sum(first < step <= trial.step for step in trial.measure_at)
     per_step = max(spent - measurements * evaluation, 0.1 * spent) / steps
     return started + per_step * total + evaluation * (len(measured) + 1)  # + 1: the test data
+
+
+def _advance(trial: Trial, stop: int) -> bool:
+    """Whether training got to `stop`; one that diverges is priced by the steps it made, and says so in its row when it is run."""
+    try:
+        trial.advance(stop)
+    except DivergedError:
+        return False
+    return True
 
 
 def _timed(work: Any) -> float:

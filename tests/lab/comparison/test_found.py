@@ -79,6 +79,15 @@ def test_an_arm_that_lost_seeds_is_never_better():
     assert "1 of 5 seeds of 'SAM, radius 0.05 (yardstick)' failed." in comparison.verdict
 
 
+def test_nothing_is_worse_than_a_baseline_that_lost_seeds():
+    values = [2 * base - better for base, better in zip(BASE, plus(CLEAR))]  # as much worse as `plus` is better
+    assert found(("sam", values)).arms[1].standing == "worse"
+    base: list[float | None] = [*BASE]
+    base[2] = None
+    sam = found(("sam", values), base=base).arms[1]
+    assert sam.p < 0.05 and sam.gain.mean < 0 and sam.standing == "no difference"
+
+
 def test_without_a_baseline_there_is_no_verdict():
     comparison = found(("sam", BASE), base=[None, None, None, None, 0.8])
     assert comparison.outcome == "no verdict"

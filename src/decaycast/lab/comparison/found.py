@@ -61,11 +61,15 @@ class ArmFound:
 
     @property
     def standing(self) -> Literal["better", "worse", "no difference", "failed"]:
-        """What the corrected test says; an arm that lost seeds is never called better: the lost ones may have been bad."""
+        """What the corrected test says.
+
+        An arm that lost seeds is never called better, since the lost ones may have been bad; nor is one called worse than a
+        baseline that lost seeds which the arm has finished.
+        """
         if not self.p <= LEVEL:
             return "failed" if self.failed else "no difference"
         if self.gain.mean < 0:
-            return "worse"
+            return "worse" if len(self.gains) == len(self.finals) else "no difference"
         return "failed" if self.failed else "better"
 
     def mean(self, name: str) -> float:
