@@ -254,7 +254,9 @@ def test_a_page_without_any_result_can_be_written(tmp_path: Path):
         (["--data", "text.npz"], "text.npz cannot be read as an .npz file"),
         (["--data", "empty.npz"], "empty.npz has no array X and no y; write it with numpy.savez(path, X=X, y=y)"),
         (["--data", "floats.npz"], "y in floats.npz must hold class numbers, got float64"),
-        (["--data", "words.npz"], "X in words.npz must hold numbers, got 4 samples of <U1"),
+        (["--data", "words.npz"], "X in words.npz must hold numbers, got 4 of <U1"),
+        (["--data", "number.npz"], "one class number a sample, got shapes () and (100,)"),
+        (["--data", "large.npz"], "hold values that are not finite"),
         (["--data", "objects.npz"], "objects.npz cannot be read as an .npz file (Object arrays cannot be loaded"),
         (["--data", "one.npz"], "all training samples are of one class, 0"),
         (["--data", "vectors.npz"], "a patch needs images of shape (n, channels, height, width), got samples of shape"),
@@ -273,6 +275,8 @@ def test_what_cannot_be_probed_is_one_line(decaycast: Command, tmp_path: Path, a
     save(tmp_path / "one.npz", np.random.default_rng(0).normal(size=(100, 6, 6)), 0 * labels)
     save(tmp_path / "vectors.npz", np.zeros((100, 36)), labels)
     save(tmp_path / "nan.npz", np.where(np.arange(36).reshape(6, 6) == 7, np.nan, pixels), labels)
+    save(tmp_path / "number.npz", np.array(1.0), labels)
+    save(tmp_path / "large.npz", pixels + 1e300, labels)
     before = sorted(tmp_path.iterdir())
     assert message in error_line(decaycast(*arguments))
     assert sorted(tmp_path.iterdir()) == before, "nothing was written"

@@ -148,8 +148,13 @@ def read_npz(path: str) -> tuple[Tensor, Tensor]:
     inputs, labels = found["X"], found["y"]
     if labels.dtype.kind not in "iu":
         raise DataError(f"y in {path} must hold class numbers, got {labels.dtype}; number the classes from 0")
-    if inputs.dtype.kind not in "iuf" or not len(inputs):
-        raise DataError(f"X in {path} must hold numbers, got {len(inputs)} samples of {inputs.dtype}")
+    if inputs.dtype.kind not in "iuf" or not inputs.size:
+        raise DataError(f"X in {path} must hold numbers, got {inputs.size} of {inputs.dtype}")
+    if labels.ndim != 1 or inputs.ndim < 2:
+        raise DataError(
+            f"{path} must hold X with one sample a row and y with one class number a sample, got shapes {inputs.shape} and "
+            f"{labels.shape}"
+        )
     target = torch.from_numpy(labels.astype(np.int64))
     if inputs.ndim == 2 and inputs.dtype.kind in "iu":
         return torch.from_numpy(inputs.astype(np.int64)), target
@@ -158,7 +163,8 @@ def read_npz(path: str) -> tuple[Tensor, Tensor]:
 
 def _standardised(inputs: np.ndarray) -> Tensor:
     """Images (n, channels, height, width) with mean 0 and standard deviation 1 per channel."""
-    images = torch.from_numpy(inputs.astype(np.float32))
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused below
+        images = torch.from_numpy(inputs.astype(np.float32))
     if images.ndim == 3:
         images = images.unsqueeze(1)
     if images.ndim == 4 and images.shape[-1] in (1, 3, 4) and images.shape[1] > 4:
