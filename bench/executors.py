@@ -197,6 +197,7 @@ def bench_store(folder: Path, quick: bool) -> dict[str, Any]:
         found[f"a thousand at once, {points} measurements"] = rate(
             folder, points, 1000 if quick else 20_000 // (1 + points // 10), 1000, source
         )
+    found["ten thousand at once, 0 measurements"] = rate(folder, 0, 1000 if quick else 60_000, 10_000, source)
     count = 10_000 if quick else 1_000_000
     with Store(folder / "large.sqlite") as store:
         appending = processor = 0.0

@@ -52,9 +52,15 @@ def train_probe(run: Run) -> Row:
     return forecast_row(run, next(task for task in tasks() if task.name == run.config["task"]))
 
 
-def autol2(task: Task, seed: int) -> Run:
-    """AutoL2 on the clock of e-folds, with its usual budget."""
-    return Run(config={**task.config, "rule": "autol2-efolds", "budget_efolds": 1.3}, seed=seed)
+def autol2(task: Task, seed: int, budget: float = 1.3) -> Run:
+    """AutoL2 on the clock of e-folds, with its usual budget or another."""
+    return Run(config={**task.config, "rule": "autol2-efolds", "budget_efolds": budget}, seed=seed)
+
+
+def probed(task: Task, store: Store, probe_seed: int) -> list[Run]:
+    """AutoL2 with the forecast's e-folds; nothing where the forecast has not been made."""
+    rows = store.rows_of([probe(task, probe_seed)])
+    return [autol2(task, seed, float(f"{row.final['efolds']:.3g}")) for row in rows for seed in SEEDS]
 
 
 def picked(task: Task, store: Store, probe_seed: int) -> list[Run]:
@@ -66,7 +72,7 @@ def picked(task: Task, store: Store, probe_seed: int) -> list[Run]:
 def wanted(task: Task, store: Store) -> list[Run]:
     """All full trainings of a task."""
     fixed = [task.run(decay, seed) for decay in GRID for seed in SEEDS] + [autol2(task, seed) for seed in SEEDS]
-    return fixed + [run for seed in PROBE_SEEDS for run in picked(task, store, seed)]
+    return fixed + [run for seed in PROBE_SEEDS for run in (*picked(task, store, seed), *probed(task, store, seed))]
 
 
 def losses(rows: Sequence[Row], part: str) -> list[float]:
@@ -104,9 +110,13 @@ def compare(task: Task, store: Store) -> dict:
     for seed in PROBE_SEEDS:
         (row,) = store.rows_of([probe(task, seed)])
         decay = row.final["weight_decay"]
+        cost = row.final["cost"]
         told = {"weight_decay": decay, "interval": [row.final["low"], row.final["high"]], "said": row.reason}
         rows = store.rows_of(picked(task, store, seed))
-        entries.append(entry(f"forecast, seed {seed}", rows, spent(decay), row.final["cost"], **told))
+        entries.append(entry(f"forecast, seed {seed}", rows, spent(decay), cost, **told))
+        rows = store.rows_of(probed(task, store, seed))
+        spending = float(rows[0].run.config["budget_efolds"])  # type: ignore[arg-type]
+        entries.append(entry(f"AutoL2, forecast's e-folds, seed {seed}", rows, spending, cost))
     entries.append(entry("AutoL2, 1.3 e-folds", store.rows_of([autol2(task, seed) for seed in SEEDS]), 1.3, 0.0))
     told = audit(
         lr=task.learning_rates(), weight_decay=task.default, steps=task.steps, convention="decoupled"
