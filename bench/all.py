@@ -169,7 +169,8 @@ def _about(name: str) -> str:
 def _cells(found: Headline) -> str:
     ends = [f"{end:.3g}" for end in (found.low, found.high) if end is not None]
     spread = " to ".join(ends) if len(ends) == 2 else f"to {ends[0]}" if ends else ""
-    return f"{found.what} | {found.value:.4g} | {spread} | {found.aim} | {found.met}"
+    value = f"{found.value:,.0f}" if abs(found.value) >= 1000 else f"{found.value:.4g}"
+    return f"{found.what} | {value} | {spread} | {found.aim} | {found.met}"
 
 
 def _machine(provenance: dict[str, Any]) -> str:
