@@ -29,7 +29,7 @@ def decaycast(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 def test_it_prints_what_its_json_says_and_trains_nothing_twice(decaycast: Command):
     printed = decaycast(*TINY, "--arms", "label-smoothing, sam", "--out", "found")
     assert printed.code == 0, printed.err
-    assert "trained  6 runs" in printed.out and "page     found/compare.html" in printed.out
+    assert "trained  6 runs\n" in printed.out and "page     found/compare.html" in printed.out
     answer = decaycast(*TINY, "--arms", "label-smoothing,sam", "--out", "found", "--json")
     assert answer.code == 0 and answer.err == ""
     read = answer.json

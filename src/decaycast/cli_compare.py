@@ -149,7 +149,8 @@ def _print(found: Comparison, page: Path, trained: int) -> None:
         _say(line)
     out.print(f"verdict  [bold {COLOURS[found.outcome]}]{found.outcome}[/]")
     _say(found.verdict)
-    _say(f"trained  {trained} runs, the others were there")
+    there = len(found.rows) - trained
+    _say(f"trained  {trained} runs" + (f"; {there} were there" if there else ""))
     _say(f"page     {page}")
 
 
